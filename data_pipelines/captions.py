@@ -1,0 +1,113 @@
+"""The text encoders of a build, and their outputs for its captions."""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from absl import logging
+
+from data_pipelines.random_encoders import make_random_encoders
+from data_pipelines.samples import Rejected
+from data_pipelines.settings import TEXT_DTYPES, Settings
+from mmdit_jax.encoders import text
+
+
+def open_text_encoders(
+    settings: Settings, built_in: Path, captions: Sequence[str]
+) -> dict[str, text.TextEncoder]:
+    """The encoders of the settings' folders, or else the small built-in ones.
+
+    Args:
+      built_in: folder of the built-in ones; made if it is not there.
+      captions: what the tokenizers of the built-in ones learn from.
+
+    Raises:
+      ValueError, FileNotFoundError: a folder that holds no such encoder.
+    """
+    paths = settings.text_paths()
+    if not paths:
+        logging.warning(
+            "NO TEXT ENCODERS GIVEN: using small built-in ones with RANDOM weights, their words "
+            "learnt from these captions. They know nothing of the world; the real ones are a "
+            "change of path only (--clip_l --clip_g --t5)."
+        )
+        if not built_in.exists():
+            partial = built_in.with_name(built_in.name + ".partial")
+            make_random_encoders(partial, captions, seed=settings.seed)
+            os.rename(partial, built_in)
+        paths = {name: str(built_in / name) for name in text.ENCODER_NAMES}
+    return text.load_text_encoders(
+        paths,
+        settings.lengths(),
+        dtype=TEXT_DTYPES[settings.text_dtype],
+        batch_size=settings.batch_size,
+    )
+
+
+def recorded_path(encoder: text.TextEncoder, given: str, output: Path) -> str:
+    """Where to find an encoder again: relative to the data set if inside it, else absolute."""
+    if encoder.folder.is_relative_to(output):
+        return encoder.folder.relative_to(output).as_posix()
+    return ",".join(os.path.abspath(part.strip()) for part in given.split(","))
+
+
+class CaptionTable:
+    """The text encoders' outputs for a set of captions; equal captions are encoded once.
+
+    A caption always stands in the same place of the same block of `block` captions, whatever is
+    asked for first: on an accelerator the last bits of a row may depend on its place in the batch,
+    and a resumed build asks in another order than an uninterrupted one.
+    """
+
+    def __init__(
+        self, encoders: Mapping[str, text.TextEncoder], captions: Iterable[str], block: int
+    ):
+        self._encoders, self._block = encoders, block
+        self._captions = list(dict.fromkeys(captions))
+        self._place = {caption: index for index, caption in enumerate(self._captions)}
+        self._outputs: dict[int, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
+
+    def fields(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
+        """The record's "text/<name>/sequence" (n, T, W) float16 and "/pooled" (n, V) float32.
+
+        Raises:
+          Rejected: "non_finite".
+        """
+        fields: dict[str, np.ndarray] = {}
+        for index, caption in enumerate(captions):
+            place = self._place[caption]
+            number = place // self._block
+            # The last block reaches back instead of being short: one shape, compiled once.
+            start = max(0, min(number * self._block, len(self._captions) - self._block))
+            if number not in self._outputs:
+                self._outputs[number] = self._encode(self._captions[start : start + self._block])
+            for field, (rows, finite_B) in self._outputs[number].items():
+                if not finite_B[place - start]:
+                    raise Rejected("non_finite", f"NaN or infinity in {field} of {caption!r}")
+                row = rows[place - start]
+                if index == 0:
+                    fields[field] = np.empty((len(captions), *row.shape), row.dtype)
+                fields[field][index] = row
+        return fields
+
+    def _encode(self, captions: list[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Record field -> the captions' outputs, and which of them are finite."""
+        fields = {}
+        for name, outputs in text.encode(self._encoders, captions).items():
+            for kind, values in outputs.items():
+                # The paper (App. E.1) saves sequences in half precision; pooled vectors stay full.
+                dtype = np.float16 if kind == "sequence" else np.float32
+                with np.errstate(over="ignore"):
+                    rows = values.astype(dtype)
+                finite_B = np.isfinite(rows).all(tuple(range(1, rows.ndim)))
+                fields[f"text/{name}/{kind}"] = rows, finite_B
+        return fields
+
+
+def caption_bytes(encoders: Mapping[str, text.TextEncoder]) -> int:
+    """Bytes that one caption takes in a record."""
+    return sum(
+        2 * encoder.length * encoder.width + 4 * (encoder.pooled_width or 0)
+        for encoder in encoders.values()
+    )

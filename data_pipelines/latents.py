@@ -1,0 +1,96 @@
+"""What makes latents of pictures, by the name that `--autoencoder` gives."""
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import numpy as np
+
+from mmdit_jax.encoders import pixels
+
+STATISTICS_PICTURES = 2048
+"""Pictures, evenly spaced over the training split, that a shift and scale are measured on."""
+
+
+class Autoencoder(Protocol):
+    """What makes latents of pictures; a frozen network or the plain pixels."""
+
+    def fit(self, pictures_HWC: Iterable[np.ndarray]) -> None:
+        """Measures shift and scale; one that has its own reads no picture."""
+        ...
+
+    def encode(self, pictures_BHWC: np.ndarray) -> np.ndarray:
+        """uint8 pictures -> what the record keeps, (B, H/f, W/f, C), or 2C for moments."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """The manifest's entry: id, hash, factor, channels, scale, shift, kind."""
+        ...
+
+
+class Pixels:
+    """Space-to-depth by `factor`, nothing else; records keep uint8 (mmdit_jax.encoders.pixels)."""
+
+    def __init__(self, factor: int):
+        self._factor, self._shift, self._scale = factor, 0.0, 1.0
+
+    def fit(self, pictures_HWC: Iterable[np.ndarray]) -> None:
+        """Shift and scale that give the values of the pictures mean 0 and deviation 1."""
+        counts = np.zeros(256, np.int64)
+        for picture_HWC in pictures_HWC:
+            counts += np.bincount(picture_HWC.ravel(), minlength=256)
+        values = np.arange(256, dtype=np.float64)
+        total = max(int(counts.sum()), 1)
+        mean = float(counts @ values / total)
+        deviation = float(np.sqrt(counts @ (values - mean) ** 2 / total))
+        # Pictures of one single value have nothing to scale.
+        self._shift, self._scale = mean, 1 / deviation if deviation > 0 else 1.0
+
+    def encode(self, pictures_BHWC: np.ndarray) -> np.ndarray:
+        """(B, R, R, 3) uint8 -> (B, R/f, R/f, 3 f^2) uint8."""
+        return pixels.space_to_depth(pictures_BHWC, self._factor)
+
+    def describe(self) -> dict[str, Any]:
+        """The manifest's entry."""
+        name = f"{pixels.KIND}/{self._factor}"
+        return {
+            "id": name,
+            "hash": hashlib.sha256(name.encode()).hexdigest(),
+            "factor": self._factor,
+            "channels": 3 * self._factor**2,
+            "scale": self._scale,
+            "shift": self._shift,
+            "kind": pixels.KIND,
+        }
+
+
+def _pixels(argument: str, resolution: int, pixel_factor: int) -> Autoencoder:
+    if argument:
+        raise ValueError(
+            f"--autoencoder=pixels:{argument} has an argument, pixels take none; "
+            "use --autoencoder=pixels with --pixel_factor"
+        )
+    # 16 positions on a side are the fewest that a patch size of 2 makes a real grid of.
+    automatic = max(f for f in (1, 2, 4, 8) if f == 1 or resolution // f >= 16)
+    factor = pixel_factor or automatic
+    if resolution % factor:
+        raise ValueError(
+            f"--pixel_factor={factor} does not divide --resolution={resolution}; "
+            "use 1, 2, 4, 8 or 16"
+        )
+    return Pixels(factor)
+
+
+AUTOENCODERS = {"pixels": _pixels}
+
+
+def open_autoencoder(spec: str, resolution: int, pixel_factor: int) -> Autoencoder:
+    """`--autoencoder` -> the autoencoder.
+
+    Raises:
+      ValueError: no such autoencoder, or one that does not fit the resolution.
+    """
+    name, _, argument = spec.partition(":")
+    if name not in AUTOENCODERS:
+        raise ValueError(f"--autoencoder={spec} is unknown; use one of {', '.join(AUTOENCODERS)}")
+    return AUTOENCODERS[name](argument, resolution, pixel_factor)

@@ -1,0 +1,272 @@
+"""The build from end to end: list, check, encode, write. `data_pipelines.build` is its command."""
+
+import dataclasses
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import PIL
+from absl import logging
+
+from data_pipelines import report
+from data_pipelines.captions import (
+    CaptionTable,
+    caption_bytes,
+    open_text_encoders,
+    recorded_path,
+)
+from data_pipelines.check import Splits, check
+from data_pipelines.encode import CODE_VERSION, Encoded, encode_samples, encoding_identity
+from data_pipelines.latents import STATISTICS_PICTURES, Autoencoder, open_autoencoder
+from data_pipelines.pictures import Checked, Picture, Pictures
+from data_pipelines.progress import Progress
+from data_pipelines.samples import Dropped, Options
+from data_pipelines.settings import Settings
+from data_pipelines.sources import open_source
+from data_pipelines.write import ENCODERS, SUFFIX, Finished, Output
+from mmdit_jax.data.manifest import Bucket, Manifest
+from mmdit_jax.data.records import ShardWriter
+from mmdit_jax.encoders import text
+
+SHARD_BYTES = 512 << 20
+SHARD_RECORDS = 4096
+TABLE_BYTES = 1 << 30
+"""The outputs of all different captions are kept in memory if they fit in here."""
+
+
+def build(settings: Settings) -> Manifest:
+    """Builds a data set, or the rest of one, or nothing if it is finished.
+
+    Raises:
+      ValueError, FileNotFoundError: the user's mistakes.
+    """
+    settings.validate()
+    with Output(settings.output, settings.arguments(), overwrite=settings.overwrite) as output:
+        if not output.finished:
+            return _build(settings, output)
+    print(f"{output.path} is finished, built with these arguments; --overwrite builds it anew")
+    return Manifest.load(output.path)
+
+
+def _build(settings: Settings, output: Output) -> Manifest:
+    autoencoder = open_autoencoder(settings.autoencoder, settings.resolution, settings.pixel_factor)
+    options = Options(
+        settings.resolution,
+        settings.seed,
+        settings.count,
+        settings.validation_count,
+        settings.validation_fraction,
+        exclude=settings.output,
+    )
+    source = open_source(settings.source, options)
+    workers = settings.workers or min(32, os.cpu_count() or 1)
+    with ThreadPoolExecutor(workers, thread_name_prefix="pictures") as pool:
+        pictures = Pictures(
+            source,
+            pool,
+            target=(settings.resolution, settings.resolution),
+            min_size=settings.smallest(),
+            # Enough under way to keep the threads busy while a batch is encoded.
+            window=settings.batch_size + 2 * workers,
+        )
+        splits = check(source, pictures, options, output.note_path("checked"))
+        _refuse_nothing(splits, settings, output)
+        return _encode_and_write(settings, output, splits, pictures, autoencoder, source.ignored)
+
+
+def _refuse_nothing(splits: Splits, settings: Settings, output: Output) -> None:
+    """Raises ValueError if no training picture is left; the report says why."""
+    if splits.train:
+        return
+    report.write_dropped(output.path, splits.dropped)
+    if splits.validation:
+        raise ValueError(
+            f"--source={settings.source} has {len(splits.validation)} usable pictures and all of "
+            "them would validate; add pictures, or lower --validation_count"
+        )
+    raise ValueError(
+        f"--source={settings.source} has no usable picture ({report.counts(splits.dropped)}); "
+        f"{output.path / 'report.jsonl'} says why for each"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Networks:
+    """The frozen networks, and how the manifest describes them."""
+
+    autoencoder: Autoencoder
+    encoders: Mapping[str, text.TextEncoder]
+    latents: Mapping[str, Any]
+    texts: Mapping[str, Mapping[str, Any]]
+
+
+def _encode_and_write(
+    settings: Settings,
+    output: Output,
+    splits: Splits,
+    pictures: Pictures,
+    autoencoder: Autoencoder,
+    ignored: Mapping[str, int],
+) -> Manifest:
+    told = _captions(splits.items)
+    captions = list(dict.fromkeys(told))
+    logging.info("loading the text encoders")
+    encoders = open_text_encoders(settings, output.path / ENCODERS, captions)
+    truncated = text.count_truncated(encoders, captions)
+    logging.info("measuring the latents")
+    step = max(1, -(-len(splits.train) // STATISTICS_PICTURES))
+    some = pictures.prepared(splits.train[::step])
+    autoencoder.fit(picture.pixels_HWC for picture in some if isinstance(picture, Picture))
+
+    texts = {name: text.describe(encoder) for name, encoder in encoders.items()}
+    networks = _Networks(autoencoder, encoders, autoencoder.describe(), texts)
+    versions = {"code": CODE_VERSION, "jax": jax.__version__, "pillow": PIL.__version__}
+    described = {"autoencoder": networks.latents, "text_encoders": texts}
+    remedy = "go back to what they were, or start again with --overwrite"
+    output.same_as_before("versions", versions, remedy)
+    output.same_as_before("networks", described, remedy)
+
+    finished = _write_shards(settings, output, splits, pictures, networks)
+    facts = {
+        "exact_duplicates": splits.duplicates,
+        "ignored_files": dict(sorted(ignored.items())),
+        "captions": {
+            "total": len(told),
+            "unique": len(captions),
+            "truncated": truncated,
+            "length": settings.lengths(),
+        },
+    }
+    _report(output, splits, finished, facts)
+    manifest = _manifest(settings, output, finished, networks, versions)
+    output.save_manifest(manifest)
+    return manifest
+
+
+def _write_shards(
+    settings: Settings,
+    output: Output,
+    splits: Splits,
+    pictures: Pictures,
+    networks: _Networks,
+) -> dict[str, list[Finished]]:
+    """Writes the shards that are not there yet; returns what is known of every one, by split."""
+    encoders, told = networks.encoders, _captions(splits.items)
+    text_bytes = caption_bytes(encoders)
+    per_shard = settings.records_per_shard or _records_per_shard(
+        settings.resolution, networks.latents, text_bytes * len(told) / len(splits.items)
+    )
+    table = None
+    if len(set(told)) * text_bytes <= TABLE_BYTES:
+        table = CaptionTable(encoders, told, settings.batch_size)
+    identity = encoding_identity(networks.latents, networks.texts, settings.text_dtype)
+    finished: dict[str, list[Finished]] = {"train": [], "validation": []}
+    with Progress("encoding", len(splits.items)) as progress:
+        for split, items in (("train", splits.train), ("validation", splits.validation)):
+            for number, start in enumerate(range(0, len(items), per_shard)):
+                file, part = f"{split}-{number:05d}{SUFFIX}", items[start : start + per_shard]
+                shard = output.read_shard_note(file)
+                if shard is None:
+                    encoded = encode_samples(
+                        part,
+                        pictures,
+                        networks.autoencoder,
+                        table or CaptionTable(encoders, _captions(part), settings.batch_size),
+                        identity=identity,
+                        batch_size=settings.batch_size,
+                    )
+                    shard = _write_shard(output, file, encoded, progress)
+                else:
+                    progress.skip(len(part))
+                finished[split].append(shard)
+    return finished
+
+
+def _captions(items: Sequence[Checked]) -> list[str]:
+    return [caption.text for item in items for caption in item.sample.captions]
+
+
+def _write_shard(
+    output: Output, file: str, encoded: Iterable[Encoded], progress: Progress
+) -> Finished:
+    """Writes the records that there are, and then the note that the shard is finished."""
+    dropped, enlarged = [], 0
+    with ShardWriter(output.path, file) as writer:
+        for result in encoded:
+            if result.dropped:
+                dropped.append(list(result.dropped))
+            else:
+                writer.write(result.record)
+                enlarged += result.enlarged
+            progress.advance()
+    shard = writer.shard
+    if not shard.records:
+        (output.path / file).unlink()
+        shard = None
+    finished = Finished(shard, dropped, enlarged)
+    output.write_shard_note(file, finished)
+    return finished
+
+
+def _report(
+    output: Output,
+    splits: Splits,
+    finished: Mapping[str, Sequence[Finished]],
+    facts: Mapping[str, Any],
+) -> None:
+    """Writes and prints the report; raises ValueError if nothing is left to train on."""
+    shards = [each for split in finished.values() for each in split]
+    dropped = splits.dropped + [Dropped(*case) for each in shards for case in each.dropped]
+    kept = {
+        split: sum(each.shard.records for each in split_shards if each.shard)
+        for split, split_shards in finished.items()
+    }
+    facts = {"enlarged": sum(each.enlarged for each in shards), **facts}
+    print(report.summary(report.write_report(output.path, kept, dropped, facts)))
+    if not kept["train"]:
+        raise ValueError(
+            f"none of {len(splits.train)} training pictures could be encoded "
+            f"({report.counts(dropped)}); {output.path / 'report.jsonl'} says why for each"
+        )
+
+
+def _manifest(
+    settings: Settings,
+    output: Output,
+    finished: Mapping[str, Sequence[Finished]],
+    networks: _Networks,
+    versions: Mapping[str, Any],
+) -> Manifest:
+    given = settings.text_paths()
+    text_encoders = {
+        name: {
+            **networks.texts[name],
+            "path": recorded_path(encoder, given.get(name, ""), output.path),
+        }
+        for name, encoder in networks.encoders.items()
+    }
+    return Manifest(
+        splits={
+            split: tuple(each.shard for each in shards if each.shard)
+            for split, shards in finished.items()
+        },
+        buckets=(Bucket(settings.resolution, settings.resolution),),
+        autoencoder=networks.latents,
+        text_encoders=text_encoders,
+        resolution=settings.resolution,
+        source=settings.source,
+        caption_mix={
+            "original": 1 - settings.synthetic_fraction,
+            "synthetic": settings.synthetic_fraction,
+        },
+        build={"arguments": settings.arguments(), "versions": versions},
+    )
+
+
+def _records_per_shard(resolution: int, latents: Mapping[str, Any], text_bytes: float) -> int:
+    """As many records as make a shard of about 512 MB, 4096 at most."""
+    values = latents["channels"] * (resolution // latents["factor"]) ** 2
+    size = {"pixels": 1, "mean": 4, "moments": 8}[latents["kind"]]  # bytes per latent value
+    return int(max(1, min(SHARD_RECORDS, SHARD_BYTES // (values * size + text_bytes))))

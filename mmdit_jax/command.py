@@ -1,0 +1,126 @@
+"""How every command starts and how it ends: flags, logging, exit codes.
+
+    0   done
+    2   the user's mistake: one line with the value, the rule and the remedy (do not retry)
+    75  interrupted with everything saved: run the same command again (EX_TEMPFAIL)
+    1   anything else, with a traceback
+"""
+
+import logging as python_logging
+import os
+import runpy
+import sys
+import traceback
+from collections.abc import Callable
+
+from absl import flags, logging
+
+EXIT_OK = 0
+EXIT_FAILURE = 1
+EXIT_USER = 2
+EXIT_RESUME = 75
+
+_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_OURS = tuple(os.path.join(_ROOT, d) + os.sep for d in ("mmdit_jax", "data_pipelines", "configs"))
+
+
+def run(main: Callable[[list[str]], int | None]) -> None:
+    """Parses flags, runs `main(argv)` and leaves the process with the right exit code.
+
+    A `ValueError` or an `OSError` about a path that our own code raises is the user's mistake and
+    ends with one line. The same types raised inside a library are our mistake and keep their
+    traceback.
+    """
+    _set_up_logging()
+    if any(word.lstrip("-") in ("h", "help", "helpfull") for word in sys.argv[1:]):
+        print(sys.modules["__main__"].__doc__, flags.FLAGS.main_module_help(), sep="\n")
+        sys.exit(EXIT_OK)
+    try:
+        _check_config(sys.argv[1:])
+        argv = flags.FLAGS(sys.argv)
+    except flags.Error as error:
+        _leave(EXIT_USER, f"error: {_one_line(error)}  (--help lists every flag)")
+    except (ValueError, TypeError, OSError) as error:
+        _leave(EXIT_USER, f"error: {_one_line(error)}")
+    if len(argv) > 1:
+        _leave(EXIT_USER, f"error: {argv[1]!r} is not a flag; flags are written --name=value")
+    try:
+        code = main(argv) or EXIT_OK
+    except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        if not _raised_by_us(error):
+            traceback.print_exc()
+            _leave(EXIT_FAILURE)
+        _leave(EXIT_USER, f"error: {_one_line(error)}")
+    except KeyboardInterrupt:
+        _leave(EXIT_FAILURE, "interrupted")
+    except Exception:
+        traceback.print_exc()
+        _leave(EXIT_FAILURE)
+    _leave(code)
+
+
+def _raised_by_us(error: BaseException) -> bool:
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame is not None and frame.tb_frame.f_code.co_filename.startswith(_OURS)
+
+
+def _set_up_logging() -> None:
+    """Our own lines at INFO, and of the libraries only what they warn about."""
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.INFO)
+    handler = logging.get_absl_handler()
+    handler.addFilter(
+        lambda record: record.levelno >= python_logging.WARNING
+        or os.path.abspath(record.pathname).startswith(_OURS)
+    )
+    handler.setFormatter(
+        python_logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%m-%d %H:%M:%S")
+    )
+
+
+def _check_config(words: list[str]) -> None:
+    """Loads the config file and checks the names of its overrides, before ml_collections does.
+
+    Its own errors are long, come late, and do not list the known keys.
+    """
+    values = {}
+    for i, word in enumerate(words):
+        name, has_value, value = word.lstrip("-").partition("=")
+        if word.startswith("-") and name.split(".")[0] == "config":
+            values[name] = value if has_value else "".join(words[i + 1 : i + 2])
+    if "config" not in flags.FLAGS or "config" not in values:
+        return
+    path, _, argument = values.pop("config").partition(":")
+    if not os.path.isfile(path):
+        raise ValueError(f"--config={path} is not a file; for example --config=configs/shapes.py")
+    config = runpy.run_path(path)["get_config"](argument)
+    for name in (name.removeprefix("config.") for name in values):
+        level, known = "", config
+        for part in name.split("."):
+            if not hasattr(known, "keys") or part not in known:
+                names = ", ".join(sorted(known)) if hasattr(known, "keys") else "none"
+                raise ValueError(
+                    f"unknown config key {name!r}; the known keys of config{level} are {names}"
+                )
+            level, known = f"{level}.{part}", known[part]
+
+
+def _one_line(error: BaseException) -> str:
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return " ".join(text.split())
+
+
+def _leave(code: int, message: str = "") -> None:
+    """Ends the process; with several processes, without waiting for peers that may be stuck."""
+    if message:
+        print(message, file=sys.stderr)
+    logging.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    jax = sys.modules.get("jax")
+    if code != EXIT_OK and jax is not None and jax.distributed.is_initialized():
+        # A normal exit would wait minutes in the shutdown barrier for hosts that are still running.
+        os._exit(code)
+    sys.exit(code)

@@ -1,0 +1,301 @@
+"""The configuration: every setting with its default, derived sizes, and one check of it all.
+
+A config file has `get_config(argument)`, which reads arguments of the form
+`depth=24,resolution=256,tiny` with `parse_argument` and returns a tree made by `default()`.
+Everything else is set on the command line: `--config.batch_size=256`.
+"""
+
+import json
+from typing import Any
+
+from ml_collections import ConfigDict
+
+HEAD_SIZE = 64
+SCHEDULES = ("constant", "linear", "cosine", "wsd")
+OPTIMIZERS = ("adamw", "muon")
+DTYPES = ("auto", "float32", "bfloat16")
+WEIGHTS = ("ema", "raw")
+
+
+def parse_argument(argument: str | None, **defaults: Any) -> ConfigDict:
+    """Reads `name=value,flag` into the types of the defaults.
+
+    Raises:
+        ValueError: a name that has no default, or a value of another type.
+    """
+    values = dict(defaults)
+    for item in filter(None, (argument or "").split(",")):
+        name, has_value, text = item.partition("=")
+        if name not in defaults:
+            raise ValueError(
+                f"config argument {name!r} is unknown; known are {', '.join(sorted(defaults))}"
+            )
+        kind = type(defaults[name])
+        if kind is bool and not has_value:
+            values[name] = True
+        elif kind is bool and text.lower() in ("true", "false", "1", "0"):
+            values[name] = text.lower() in ("true", "1")
+        else:
+            try:
+                values[name] = kind(text)
+            except ValueError:
+                raise ValueError(
+                    f"config argument {item!r}: {name} is a {kind.__name__}, "
+                    f"for example {name}={defaults[name]}"
+                ) from None
+    return ConfigDict(values)
+
+
+def text_encoder(length: int, width: int, pooled_width: int, id: str = "") -> dict[str, Any]:
+    """What the data must have been encoded with; an empty id or hash accepts any."""
+    return {
+        "id": id,
+        "hash": "",
+        "length": length,
+        "width": width,
+        "pooled_width": pooled_width,
+    }
+
+
+def default(*, depth: int = 24, resolution: int = 256, text_length: int = 77) -> ConfigDict:
+    """SD3 of `depth` at `resolution` px, with the settings of the paper where it states them."""
+    return ConfigDict(
+        {
+            "seed": 0,
+            "steps": 500_000,  # of the scaling study
+            "batch_size": 4096,  # global
+            "model": {
+                "name": "mmdit",
+                "depth": depth,
+                "channels": 16,
+                "patch": 2,
+                "context_width": 4096,
+                "qk_norm": True,
+                "dual_attention_layers": 0,
+                "pos_embed_max_size": 192,
+                "remat": "none",
+                "dtype": "auto",  # bfloat16 on accelerators, float32 on CPU
+            },
+            "data": {
+                "path": "",
+                "resolution": resolution,
+                "factor": 8,  # pixels per latent pixel, an axis
+                "kind": "moments",  # moments | mean | pixels
+                "text_encoders": {
+                    "clip_l": text_encoder(text_length, 768, 768),
+                    "clip_g": text_encoder(text_length, 1280, 1280),
+                    "t5": text_encoder(text_length, 4096, 0),
+                },
+                "dropout": 0.464,  # of each encoder, independently (B.3): 10 % unconditional
+                "threads": 8,
+                "prefetch": 4,  # batches
+            },
+            "flow": {
+                "path": "rf",
+                "prediction": "velocity",
+                "timesteps": "logit_normal(0.0, 1.0)",
+                "shift": 1.0,  # of the training timesteps; sampling has its own
+            },
+            "optimizer": {
+                "name": "adamw",
+                "learning_rate": 1e-4,
+                "warmup": 1000,  # steps
+                "schedule": "constant",
+                "decay_fraction": 0.2,  # wsd: share of the run that decays
+                "final_fraction": 0.0,  # learning rate at the end / at the peak
+                "b1": 0.9,
+                "b2": 0.999,
+                "eps": 1e-15,  # with bf16 and QK-norm (5.3.2)
+                "weight_decay": 0.0,
+                "clip_norm": 1.0,  # of the global gradient; 0 is off
+                "muon_learning_rate": 0.02,
+                "muon_momentum": 0.95,
+                "accumulate": 1,  # micro-batches a step
+            },
+            "ema": {"decay": 0.99, "every": 100},  # B.3; decay 0 is off
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "context": 1},
+            "checkpoint": {"every": 5000, "keep": 3},
+            "evaluation": {"every": 10_000, "samples": 4096, "levels": 8, "batch_size": 256},
+            "samples": sampling(),
+            "log": {"every": 100, "attention_logits": False},
+            "init_from": "",
+        }
+    )
+
+
+def sampling() -> dict[str, Any]:
+    """How pictures are sampled, in training and as the defaults of the sample command."""
+    return {
+        "every": 10_000,  # steps between grids in training; 0 is off
+        "prompts": ("a red circle", "a photo of a cat"),
+        "steps": 28,
+        "solver": "euler",
+        "grid": "exact",
+        "shift": 1.0,
+        "cfg": 5.0,
+        "cfg_interval": (0.0, 1.0),
+        "weights": "ema",
+        "seed": 0,
+    }
+
+
+def pixel_factor(resolution: int) -> int:
+    """Space-to-depth factor of the `pixels` latents: 16 or more latent pixels an axis, at most 8."""
+    return max(f for f in (1, 2, 4, 8) if f == 1 or resolution // f >= 16)
+
+
+def use_builtin_encoders(config: ConfigDict, *, text_length: int) -> None:
+    """Expects the latents and text of a data set that was built without any published weights.
+
+    That is `data_pipelines.build` with its defaults: `pixels` latents (space-to-depth) and the
+    small text encoders with fixed random weights.
+    """
+    factor = pixel_factor(config.data.resolution)
+    config.data.update(factor=factor, kind="pixels")
+    config.data.text_encoders = ConfigDict(
+        {
+            "clip_l": text_encoder(text_length, 64, 64),
+            "clip_g": text_encoder(text_length, 64, 64),
+            "t5": text_encoder(text_length, 128, 0),
+        }
+    )
+    config.model.update(channels=3 * factor**2, context_width=128)
+
+
+def width(config: ConfigDict) -> int:
+    """D: 64 x depth."""
+    return HEAD_SIZE * config.model.depth
+
+
+def latent_side(config: ConfigDict) -> int:
+    """Latent pixels an axis at the training resolution."""
+    return config.data.resolution // config.data.factor
+
+
+def native_patches(config: ConfigDict) -> int:
+    """Patches an axis at the training resolution."""
+    return latent_side(config) // config.model.patch
+
+
+def image_tokens(config: ConfigDict) -> int:
+    """I, for a square picture of the training resolution."""
+    return native_patches(config) ** 2
+
+
+def text_tokens(config: ConfigDict) -> int:
+    """T: the CLIP tokens (both share them, by channels) and the T5 tokens."""
+    encoders = config.data.text_encoders
+    return max(encoders.clip_l.length, encoders.clip_g.length) + encoders.t5.length
+
+
+def pooled_width(config: ConfigDict) -> int:
+    """V: the pooled outputs of the encoders side by side."""
+    return sum(encoder.pooled_width for encoder in config.data.text_encoders.values())
+
+
+def model_settings(config: ConfigDict) -> dict[str, Any]:
+    """Arguments of the backbone's constructor, all but the compute dtype."""
+    return {
+        "depth": config.model.depth,
+        "channels": config.model.channels,
+        "patch": config.model.patch,
+        "qk_norm": config.model.qk_norm,
+        "dual_attention_layers": config.model.dual_attention_layers,
+        "pos_embed_max_size": config.model.pos_embed_max_size,
+        "pos_embed_native": native_patches(config),
+        "remat": config.model.remat,
+    }
+
+
+def to_json(config: ConfigDict) -> dict[str, Any]:
+    """The plain tree, as it is stored in `workdir/config.json`."""
+    return json.loads(config.to_json_best_effort())
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks every number of a config.
+
+    Raises:
+        ValueError: all problems at once, each with the value, the rule and the remedy.
+    """
+    problems = []
+
+    def need(holds: bool, message: str) -> None:
+        if not holds:
+            problems.append(message)
+
+    def at_least(name: str, value: float, low: float) -> None:
+        need(value >= low, f"{name}={value} must be at least {low}")
+
+    model, data, optimizer = config.model, config.data, config.optimizer
+    at_least("steps", config.steps, 1)
+    at_least("batch_size", config.batch_size, 1)
+    at_least("model.depth", model.depth, 1)
+    at_least("model.patch", model.patch, 1)
+    at_least("model.channels", model.channels, 1)
+    need(
+        0 <= model.dual_attention_layers <= model.depth,
+        f"model.dual_attention_layers={model.dual_attention_layers} must be between 0 and the "
+        f"depth ({model.depth})",
+    )
+    need(model.dtype in DTYPES, f"model.dtype={model.dtype!r} must be one of {', '.join(DTYPES)}")
+
+    unit = max(16, data.factor * model.patch)
+    below = max(unit, data.resolution - data.resolution % unit)
+    need(
+        data.resolution >= unit and data.resolution % unit == 0,
+        f"resolution={data.resolution} must be a multiple of {unit}; use {below} or {below + unit}",
+    )
+    if native_patches(config) > model.pos_embed_max_size:
+        problems.append(
+            f"resolution={data.resolution} is {native_patches(config)} patches an axis, the "
+            f"position grid holds {model.pos_embed_max_size}; raise model.pos_embed_max_size"
+        )
+    need(0 <= data.dropout < 1, f"data.dropout={data.dropout} must be in [0, 1)")
+    at_least("data.threads", data.threads, 1)
+    encoders = data.text_encoders
+    need(
+        encoders.clip_l.length == encoders.clip_g.length,
+        f"data.text_encoders: clip_l.length={encoders.clip_l.length} and clip_g.length="
+        f"{encoders.clip_g.length} share their tokens; make them equal",
+    )
+    needed = max(encoders.clip_l.width + encoders.clip_g.width, encoders.t5.width)
+    need(
+        model.context_width >= needed,
+        f"model.context_width={model.context_width} is less than the text features ({needed}); "
+        f"set it to {needed} or more",
+    )
+
+    at_least("flow.shift", config.flow.shift, 1e-3)
+    at_least("samples.shift", config.samples.shift, 1e-3)
+    at_least("samples.steps", config.samples.steps, 1)
+    need(
+        config.samples.weights in WEIGHTS,
+        f"samples.weights={config.samples.weights!r} must be one of {', '.join(WEIGHTS)}",
+    )
+    need(
+        optimizer.name in OPTIMIZERS,
+        f"optimizer.name={optimizer.name!r} must be one of {', '.join(OPTIMIZERS)}",
+    )
+    need(
+        optimizer.schedule in SCHEDULES,
+        f"optimizer.schedule={optimizer.schedule!r} must be one of {', '.join(SCHEDULES)}",
+    )
+    at_least("optimizer.accumulate", optimizer.accumulate, 1)
+    at_least("optimizer.warmup", optimizer.warmup, 0)
+    at_least("optimizer.clip_norm", optimizer.clip_norm, 0)
+    need(
+        optimizer.learning_rate > 0,
+        f"optimizer.learning_rate={optimizer.learning_rate} must be positive",
+    )
+    need(0 <= config.ema.decay < 1, f"ema.decay={config.ema.decay} must be in [0, 1); 0 is off")
+    at_least("ema.every", config.ema.every, 1)
+    at_least("checkpoint.every", config.checkpoint.every, 1)
+    at_least("checkpoint.keep", config.checkpoint.keep, 1)
+    at_least("log.every", config.log.every, 1)
+    at_least("evaluation.every", config.evaluation.every, 0)
+    at_least("evaluation.levels", config.evaluation.levels, 1)
+    at_least("evaluation.samples", config.evaluation.samples, 1)
+    at_least("evaluation.batch_size", config.evaluation.batch_size, 1)
+    if problems:
+        raise ValueError("; ".join(problems))

@@ -1,0 +1,301 @@
+"""From shards to global batches: grain threads read ahead, every host reads only its own rows.
+
+A batch is `{"latent": (B, H, W, C), "text": {name: {"sequence": (B, T, width), "pooled": (B,
+V)}}}`, with one caption per sample, in the dtypes of the shards. Padding and joining of text happen
+on the device.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+
+from mmdit_jax.data import order
+from mmdit_jax.data.manifest import Manifest, fits
+from mmdit_jax.data.records import ShardReader, decode_record
+
+# A run ends by its step count; grain wants a length.
+_STEPS = 1 << 62
+
+
+class Loader:
+    """Batches of one split as a pure function of (seed, step, manifest, batch size).
+
+    Attributes:
+      manifest: The data set's Manifest.
+      counts: Records per bucket in this split.
+      records: Records in this split.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        *,
+        split: str = "train",
+        batch_size: int,
+        seed: int,
+        process_index: int | None = None,
+        process_count: int | None = None,
+        threads: int = 4,
+        prefetch: int = 4,
+        open_shards: int = 512,
+        expected: Mapping[str, Any] | None = None,
+        earlier: Sequence[tuple[int, int]] = (),
+    ):
+        """Opens the manifest; shards are opened when they are first read.
+
+        Args:
+          directory: The data set's directory.
+          split: "train" or "validation".
+          batch_size: Global batch size.
+          seed: Seed of the run.
+          process_index: This host among `process_count`; jax.process_index() when None.
+          process_count: Hosts that share each batch; jax.process_count() when None.
+          threads: Batches that are read at the same time.
+          prefetch: Batches that are read ahead (each one is in host memory).
+          open_shards: Shards that may be open at the same time.
+          expected: What the config expects of the manifest, for `fits`; then only the text encoders
+            named in it are read.
+          earlier: ((until_step, batch_size), ...) when the run had other batch sizes, see
+            `order.batch_ids`.
+
+        Raises:
+          FileNotFoundError: No data set there.
+          ValueError: The data set is damaged, does not fit, has no such split, or the batch size
+            cannot be divided by the hosts.
+        """
+        self.manifest = Manifest.load(directory)
+        if expected is not None:
+            fits(self.manifest, expected)
+        self._shards = shards = self.manifest.splits.get(split, ())
+        if not sum(shard.records for shard in shards):
+            raise ValueError(
+                f"split {split!r} has 0 records in {directory}, its splits are "
+                f"{', '.join(self.manifest.splits)}: choose one of them or rebuild the data set"
+            )
+        hosts = jax.process_count() if process_count is None else process_count
+        host = jax.process_index() if process_index is None else process_index
+        if batch_size % hosts:
+            raise ValueError(
+                f"batch size {batch_size} is not a multiple of {hosts} hosts, each reads an equal "
+                "part: change batch_size"
+            )
+        self._rows = np.arange(batch_size // hosts) + host * (batch_size // hosts)
+        self._batch_size, self._seed, self._earlier = batch_size, seed, tuple(earlier)
+        self._threads, self._prefetch = threads, prefetch
+        self._encoders = tuple((expected or {}).get("text_encoders", self.manifest.text_encoders))
+
+        # Samples of a split are numbered through its shards in the manifest's order. The samples of
+        # a bucket are numbered through its own shards; `_split_ids` leads from the latter to the
+        # former.
+        records = np.array([shard.records for shard in shards], np.int64)
+        buckets = np.array([shard.bucket for shard in shards], np.int64)
+        self._shard_ends = np.cumsum(records)
+        self._bucket_shards = [
+            np.flatnonzero(buckets == b) for b in range(len(self.manifest.buckets))
+        ]
+        self._bucket_ends = [np.cumsum(records[numbers]) for numbers in self._bucket_shards]
+        self.counts = tuple(int(ends[-1]) if len(ends) else 0 for ends in self._bucket_ends)
+        self.records = sum(self.counts)
+        self._reader = ShardReader(directory, shards, open_shards)
+
+    def sample_ids(self, step: int) -> np.ndarray:
+        """int64 (B,) numbers within the split of the samples in the global batch of `step`."""
+        bucket, ids = order.batch_ids(
+            self.counts, self._seed, step, self._batch_size, self._earlier
+        )
+        return self._split_ids(bucket, ids)
+
+    def bucket_ids(self, bucket: int) -> np.ndarray:
+        """int64 numbers within the split of all samples of a bucket, in stored order."""
+        return self._split_ids(bucket, np.arange(self.counts[bucket], dtype=np.int64))
+
+    def batches(
+        self, start_step: int = 0, sharding: jax.sharding.Sharding | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """The batches of start_step, start_step + 1, ... without end.
+
+        Args:
+          start_step: First step.
+          sharding: How the leading axis of a global array lies on the devices.
+
+        Returns:
+          With a sharding, batches of global jax.Arrays, one batch ahead on the devices; a host
+          reads the rows that its devices hold. Without one, batches of numpy arrays, the rows
+          h * B / H to (h + 1) * B / H of host h of H. Reading starts with this call.
+        """
+        rows = self._rows if sharding is None else _rows_of(sharding, self._batch_size)
+        dataset = grain.MapDataset.source(_HostBatches(self, rows))[start_step:]
+        options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=self._prefetch)
+        iterator = iter(dataset.to_iter_dataset(options))
+        iterator.start_prefetch()
+        if sharding is None:
+            return iterator
+        return _on_device(iterator, rows, sharding, self._batch_size)
+
+    def host_batch(self, step: int, rows: np.ndarray) -> dict[str, Any]:
+        """Rows `rows` (int64, of the global batch) of the batch of `step`, as numpy arrays."""
+        draws = order.caption_draws(self._seed, step, rows)
+        mix = self.manifest.caption_mix
+        return self._assemble(
+            self.sample_ids(step)[rows],
+            lambda place, kinds: order.choose_caption(kinds, mix, draws[place]),
+        )
+
+    def examples(self, ids: Sequence[int] | np.ndarray, caption: int = 0) -> dict[str, Any]:
+        """A batch of chosen samples of one bucket, for validation.
+
+        Args:
+          ids: Numbers within the split.
+          caption: Caption of each sample; the last one when a sample has fewer.
+
+        Returns:
+          A batch of numpy arrays.
+        """
+        ids = np.asarray(ids, np.int64)
+        buckets = {self._shards[self._place(number)[0]].bucket for number in ids}
+        if len(buckets) != 1:
+            raise ValueError(
+                f"{len(ids)} samples are in the buckets {sorted(buckets)}, a batch has samples of "
+                "one: take ids of one bucket"
+            )
+        return self._assemble(ids, lambda _, kinds: min(caption, len(kinds) - 1))
+
+    def record(self, number: int) -> dict[str, Any]:
+        """Every field of sample `number` of the split."""
+        shard, index = self._place(number)
+        return decode_record(self._reader.read(shard, index), self._reader.where(shard, index))
+
+    def where(self, number: int) -> str:
+        """File and index of sample `number` of the split, for a message."""
+        return self._reader.where(*self._place(number))
+
+    def _place(self, number: int) -> tuple[int, int]:
+        if not 0 <= number < self.records:
+            raise ValueError(
+                f"sample {number} does not exist, the split has 0 to {self.records - 1}: "
+                "choose another"
+            )
+        shard = int(np.searchsorted(self._shard_ends, number, side="right"))
+        return shard, int(number - (self._shard_ends[shard - 1] if shard else 0))
+
+    def _split_ids(self, bucket: int, ids: np.ndarray) -> np.ndarray:
+        ends, shards = self._bucket_ends[bucket], self._bucket_shards[bucket]
+        place = np.searchsorted(ends, ids, side="right")
+        # Counted from the end of its shard, a sample is equally far in both numberings.
+        return self._shard_ends[shards[place]] - (ends[place] - ids)
+
+    def _assemble(self, ids: np.ndarray, choose: Callable[[int, list[str]], int]) -> dict[str, Any]:
+        """Reads samples one by one and copies the chosen caption of each into new arrays.
+
+        One by one, because a record of 1 MB is then still in the processor's cache when it is
+        copied. New arrays, because JAX may alias the memory that it is given (it does on CPU).
+        """
+        stacked: dict[str, np.ndarray] = {}
+        for place, number in enumerate(ids):
+            record = self.record(number)
+            fields = self._fields(record, number, lambda kinds, place=place: choose(place, kinds))
+            if not stacked:
+                stacked = {
+                    field: np.empty((len(ids), *value.shape), value.dtype)
+                    for field, value in fields.items()
+                }
+            for field, target in stacked.items():
+                value = fields.get(field)
+                if value is None or value.shape != target.shape[1:] or value.dtype != target.dtype:
+                    held = "absent" if value is None else f"{value.dtype}{list(value.shape)}"
+                    raise ValueError(
+                        f"{self.where(number)}, field {field!r} is {held}, the others of its "
+                        f"batch are {target.dtype}{list(target.shape[1:])}: rebuild the data set"
+                    )
+                target[place] = value
+        text: dict[str, dict[str, np.ndarray]] = {}
+        for field, value in stacked.items():
+            if field != "latent":
+                _, name, part = field.split("/")
+                text.setdefault(name, {})[part] = value
+        return {"latent": stacked["latent"], "text": text}
+
+    def _fields(
+        self, record: dict[str, Any], number: int, choose: Callable[[list[str]], int]
+    ) -> dict[str, np.ndarray]:
+        """The arrays of one sample that go into a batch, text with one caption only."""
+        needed = [f"text/{name}/sequence" for name in self._encoders]
+        for field in ("latent", *needed, *(("caption_kinds",) if needed else ())):
+            if field not in record:
+                raise ValueError(
+                    f"{self.where(number)} has no field {field!r}, it has {', '.join(record)}: "
+                    "rebuild the data set"
+                )
+        fields = {"latent": record["latent"]}
+        if not self._encoders:
+            return fields
+        kinds = record["caption_kinds"]
+        parts = [(name, part) for name in self._encoders for part in ("sequence", "pooled")]
+        texts = [field for field in (f"text/{n}/{p}" for n, p in parts) if field in record]
+        for field in texts:
+            if not 0 < len(kinds) == len(record[field]):
+                raise ValueError(
+                    f"{self.where(number)}, field {field!r} has {len(record[field])} captions, "
+                    f"caption_kinds has {len(kinds)}, both are equal and at least 1: "
+                    "rebuild the data set"
+                )
+        chosen = choose(kinds)
+        fields.update({field: record[field][chosen] for field in texts})
+        return fields
+
+
+class _HostBatches:
+    """A grain source whose item number `step` is this host's part of the batch of `step`."""
+
+    def __init__(self, loader: Loader, rows: np.ndarray):
+        self._loader, self._rows = loader, rows
+
+    def __len__(self) -> int:
+        return _STEPS
+
+    def __getitem__(self, step: int) -> dict[str, Any]:
+        return self._loader.host_batch(int(step), self._rows)
+
+
+def _rows_of(sharding: jax.sharding.Sharding, batch_size: int) -> np.ndarray:
+    """The rows of a global batch that this host's devices hold, in rising order."""
+    slices = sharding.addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in slices]))
+
+
+def _on_device(
+    batches: grain.DatasetIterator,
+    rows: np.ndarray,
+    sharding: jax.sharding.Sharding,
+    batch_size: int,
+) -> Iterator[dict[str, Any]]:
+    """Global arrays of host batches that hold the rows `rows`, one batch ahead."""
+
+    def place(local: np.ndarray) -> jax.Array:
+        def on_one_device(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(batch_size)
+            first = int(np.searchsorted(rows, start))
+            return local[(slice(first, first + stop - start), *index[1:])]
+
+        return jax.make_array_from_callback((batch_size, *local.shape[1:]), sharding, on_one_device)
+
+    # A thread of its own, so that a slow read never holds back the batch that is already here.
+    pool = ThreadPoolExecutor(1, thread_name_prefix="batch_to_device")
+
+    def following() -> dict[str, Any]:
+        return jax.tree.map(place, next(batches))
+
+    ahead = pool.submit(following)
+    try:
+        while True:
+            batch = ahead.result()
+            ahead = pool.submit(following)
+            yield batch
+    finally:
+        pool.submit(batches.close)
+        pool.shutdown(wait=False)

@@ -1,0 +1,229 @@
+"""manifest.json: what a data set holds, how it was encoded, and whether it fits a config."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One ArrayRecord file of a data set: name, index of its bucket, record count, size, hash."""
+
+    file: str
+    bucket: int
+    records: int
+    bytes: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    """A picture size in pixels."""
+
+    height: int
+    width: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """The contents of manifest.json.
+
+    Attributes:
+      splits: "train", "validation" -> shards, in the order in which samples are numbered.
+      buckets: Picture sizes; `Shard.bucket` indexes them.
+      autoencoder: id, hash, factor, channels, scale, shift, kind ("moments", "mean" or "pixels").
+      text_encoders: Name -> id, hash, length, width, pooled_width, layer, kind, path.
+      resolution: Nominal side in pixels.
+      source: Where the pictures came from, as it was given to the pipeline.
+      null: What an absent condition is encoded as.
+      caption_mix: Caption kind -> weight with which it is drawn.
+      build: Code version and arguments of the pipeline.
+    """
+
+    splits: Mapping[str, tuple[Shard, ...]]
+    buckets: tuple[Bucket, ...]
+    autoencoder: Mapping[str, Any]
+    text_encoders: Mapping[str, Mapping[str, Any]]
+    resolution: int
+    source: str
+    null: str = "zeros"
+    caption_mix: Mapping[str, float] = dataclasses.field(
+        default_factory=lambda: {"original": 0.5, "synthetic": 0.5}
+    )
+    build: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    schema: int = SCHEMA
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike, *, check_shards: bool = True) -> "Manifest":
+        """Reads `directory`/manifest.json.
+
+        Args:
+          directory: The data set's directory.
+          check_shards: Also look at every shard's size (one stat each, no read).
+
+        Raises:
+          FileNotFoundError: No such directory, or no manifest in it.
+          ValueError: Another schema version, damaged JSON, no records, or shards that are missing
+            or have another size than when they were written; all of them in one message.
+        """
+        directory = Path(directory)
+        if not directory.is_dir():
+            raise FileNotFoundError(
+                f"{directory} is not a directory, a data set is one: "
+                "build it with python -m data_pipelines.build"
+            )
+        path = directory / MANIFEST
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} is missing, it is written last: finish python -m data_pipelines.build"
+            )
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            schema = fields["schema"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} is not a manifest ({type(error).__name__}: {error}): rebuild the data set"
+            ) from error
+        if schema != SCHEMA:
+            raise ValueError(
+                f"{path} has schema {schema!r}, this version reads schema {SCHEMA}: "
+                "rebuild the data set or use the version that wrote it"
+            )
+        try:
+            fields["splits"] = {
+                split: tuple(Shard(**shard) for shard in shards)
+                for split, shards in fields["splits"].items()
+            }
+            fields["buckets"] = tuple(Bucket(**bucket) for bucket in fields["buckets"])
+            manifest = cls(**fields)
+            manifest._check_contents(path)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path} does not follow schema {SCHEMA} ({type(error).__name__}: {error}): "
+                "rebuild the data set"
+            ) from error
+        if check_shards:
+            manifest.check_shards(directory)
+        return manifest
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Writes `directory`/manifest.json in one piece: readers see the old one or the new one."""
+        path = Path(directory) / MANIFEST
+        partial = path.with_name(f"{MANIFEST}.{os.getpid()}.partial")
+        try:
+            with open(partial, "w", encoding="utf-8") as file:
+                json.dump(dataclasses.asdict(self), file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def check_shards(self, directory: str | os.PathLike, *, contents: bool = False) -> None:
+        """Compares the shards with what the manifest says of them.
+
+        Args:
+          directory: The data set's directory.
+          contents: Also hash every file, which reads all of them.
+
+        Raises:
+          ValueError: Lists every shard that is missing or differs.
+        """
+        shards = [shard for split in self.splits.values() for shard in split]
+
+        def fault(shard: Shard) -> str | None:
+            path = os.path.join(directory, shard.file)
+            try:
+                size = os.stat(path).st_size
+            except OSError as error:
+                return f"{shard.file} ({error.strerror})"
+            if size != shard.bytes:
+                return f"{shard.file} ({size} bytes, {shard.bytes} when written)"
+            if contents and file_sha256(path) != shard.sha256:
+                return f"{shard.file} (other contents than when written)"
+            return None
+
+        # Threads, because a stat on a network file system waits.
+        with ThreadPoolExecutor(16) as pool:
+            faults = [line for line in pool.map(fault, shards) if line]
+        if faults:
+            raise ValueError(
+                f"{len(faults)} of {len(shards)} shards in {directory} are not as they were "
+                f"written: {', '.join(faults)}; copy them again or rebuild the data set"
+            )
+
+    def fingerprint(self) -> str:
+        """Hex hash of what decides which sample has which number: shards, buckets, caption mix.
+
+        A checkpoint keeps it, because the samples of a step are a function of it.
+        """
+        identity = [
+            {name: [dataclasses.astuple(s) for s in self.splits[name]] for name in self.splits},
+            [dataclasses.astuple(bucket) for bucket in self.buckets],
+            dict(self.caption_mix),
+        ]
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+    def _check_contents(self, path: Path) -> None:
+        for split, shards in self.splits.items():
+            for shard in shards:
+                if not 0 <= shard.bucket < len(self.buckets):
+                    raise ValueError(
+                        f"{path}: shard {shard.file} of split {split} is in bucket {shard.bucket}, "
+                        f"there are {len(self.buckets)}: rebuild the data set"
+                    )
+        if not (sum(self.caption_mix.values()) > 0 and min(self.caption_mix.values()) >= 0):
+            raise ValueError(
+                f"{path} has caption_mix {dict(self.caption_mix)}, weights are not negative and "
+                "not all 0: correct them"
+            )
+        if not sum(shard.records for shards in self.splits.values() for shard in shards):
+            raise ValueError(f"{path} counts 0 records, training needs some: rebuild the data set")
+
+
+def fits(manifest: Manifest, expected: Mapping[str, Any]) -> None:
+    """Refuses a data set that was not made for a config.
+
+    Args:
+      manifest: The data set.
+      expected: What the config says: `resolution`, `autoencoder` (factor, channels, kind, ...) and
+        `text_encoders` (name -> length, width, pooled_width, ...). Every value given is compared;
+        None and "" are compared with nothing, so that an id or a hash may be left open. The data
+        set may hold text encoders that the config does not name.
+
+    Raises:
+      ValueError: One line with every value that differs, as the data set and as the config have it.
+    """
+    differences: list[str] = []
+
+    def compare(name: str, has: Any, wants: Any) -> None:
+        if isinstance(wants, Mapping) and isinstance(has, Mapping):
+            for key, value in wants.items():
+                compare(f"{name}.{key}", has.get(key), value)
+        elif wants is not None and wants != "" and has != wants:
+            held = "absent from" if has is None else f"{has!r} in"
+            wanted = dict(wants) if isinstance(wants, Mapping) else wants
+            differences.append(f"{name} is {held} the data set, {wanted!r} in the config")
+
+    compare("resolution", manifest.resolution, expected.get("resolution"))
+    compare("autoencoder", manifest.autoencoder, expected.get("autoencoder"))
+    compare("text_encoders", manifest.text_encoders, expected.get("text_encoders"))
+    if differences:
+        raise ValueError(
+            f"the data set does not fit the config: {'; '.join(differences)}; "
+            "change the config or rebuild the data set with the config's values"
+        )
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """Hex sha256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,158 @@
+"""From prompts to pictures: encode, solve the ODE with guidance, decode.
+
+Used by the sample grids of training, by the sample command and by the evaluators. Picture i of a
+call depends on (seed, i, prompt i) alone, whatever the batch size or the mesh.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from PIL import Image, ImageDraw, ImageFont
+
+from mmdit_jax import sharding
+from mmdit_jax.flow.formulation import Formulation
+from mmdit_jax.flow.guidance import guided
+from mmdit_jax.flow.solvers import solve
+
+
+class SampleSettings(NamedTuple):
+    """Everything that decides a picture besides the weights, the prompt and its index.
+
+    Attributes:
+        steps: solver steps.
+        solver: a name in `flow.solvers.SOLVERS`.
+        grid: a name in `flow.solvers.GRIDS`.
+        shift: of the sampling grid (a number or a rule); independent of the training shift.
+        cfg: guidance scale; 1 is the conditional model.
+        cfg_interval: guidance acts for t inside it.
+        seed: of the initial noise.
+    """
+
+    steps: int = 28
+    solver: str = "euler"
+    grid: str = "exact"
+    shift: float | str = 1.0
+    cfg: float = 5.0
+    cfg_interval: tuple[float, float] = (0.0, 1.0)
+    seed: int = 0
+
+
+class Sampler:
+    """Samples pictures from parameters and prompts."""
+
+    def __init__(
+        self,
+        *,
+        predict: Callable[..., jax.Array],
+        assemble: Callable[..., Any],
+        encode: Callable[[Sequence[str]], Any],
+        decode: Callable[[jax.Array], jax.Array],
+        formulation: Formulation,
+        latent_shape: tuple[int, int, int],
+        mesh: Mesh,
+        settings: SampleSettings,
+        batch_size: int = 64,
+    ):
+        """Prepares and compiles on first use.
+
+        Args:
+            predict: (params, z, t, condition) -> output.
+            assemble: (text outputs, keep) -> condition; keep False everywhere is the null condition.
+            encode: captions -> text outputs, numpy.
+            decode: normalised latents -> uint8 pictures (B, R, R, 3).
+            formulation: of training.
+            latent_shape: (H, W, C).
+            mesh: the batch is spread over it; the batch size is rounded up to fit.
+            settings: of the sampler.
+            batch_size: pictures in one call.
+        """
+        ways = sharding.batch_ways(mesh)
+        self._batch_size = -(-batch_size // ways) * ways
+        self._encode, self._mesh, self.settings = encode, mesh, settings
+        times = formulation.grid(settings.steps, settings.shift, settings.grid)
+
+        def sample(params: Any, text: Mapping[str, Any], index_B: jax.Array) -> jax.Array:
+            keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(settings.seed), i))(index_B)
+            eps = jax.vmap(lambda k: jax.random.normal(k, latent_shape, jnp.float32))(keys)
+
+            def velocity(z: jax.Array, t: jax.Array, condition: Any) -> jax.Array:
+                return formulation.velocity(predict(params, z, t, condition), z, t)
+
+            velocity_fn = guided(
+                velocity,
+                assemble(text, None),
+                assemble(text, dict.fromkeys(text, False)),
+                scale=settings.cfg,
+                interval=settings.cfg_interval,
+            )
+            z = solve(
+                velocity_fn,
+                formulation.prior(eps),
+                times,
+                settings.solver,
+                path=formulation.path,
+            ).z
+            return decode(z)
+
+        self._sample = jax.jit(sample, out_shardings=sharding.replicated(mesh))
+
+    def __call__(self, params: Any, prompts: Sequence[str]) -> np.ndarray:
+        """uint8 (N, R, R, 3), one picture a prompt; every process must call it."""
+        place = sharding.batch_sharding(self._mesh)
+        pictures = []
+        with jax.set_mesh(self._mesh):
+            for start in range(0, len(prompts), self._batch_size):
+                part = list(prompts[start : start + self._batch_size])
+                real = len(part)
+                part += [part[-1]] * (self._batch_size - real)
+                text = jax.tree.map(lambda x: jax.device_put(x, place), self._encode(part))
+                index = np.arange(start, start + len(part), dtype=np.uint32)
+                pictures.append(np.asarray(self._sample(params, text, index))[:real])
+        return np.concatenate(pictures)
+
+
+def draw_grid(
+    pictures: np.ndarray, labels: Sequence[str], *, columns: int = 0, cell: int = 160
+) -> Image.Image:
+    """A grid with the prompt under each picture.
+
+    Args:
+        pictures: uint8 (N, R, R, 3).
+        labels: N prompts.
+        columns: 0 chooses a grid that is about twice as wide as high.
+        cell: least width of a picture in the grid; small ones are enlarged without smoothing.
+    """
+    columns = columns or min(len(pictures), max(1, math.ceil(math.sqrt(2 * len(pictures)))))
+    rows = -(-len(pictures) // columns)
+    size = pictures.shape[1] * max(1, round(cell / pictures.shape[1]))
+    font = ImageFont.load_default(size=12)
+    gap, line = 8, 15
+    wrapped = [_wrap(label, font, size) for label in labels]
+    caption = line * max(len(lines) for lines in wrapped) + 4
+    sheet = Image.new(
+        "RGB", (columns * (size + gap) + gap, rows * (size + caption + gap) + gap), "white"
+    )
+    pen = ImageDraw.Draw(sheet)
+    for i, (picture, lines) in enumerate(zip(pictures, wrapped, strict=True)):
+        x = gap + (i % columns) * (size + gap)
+        y = gap + (i // columns) * (size + caption + gap)
+        sheet.paste(Image.fromarray(picture).resize((size, size), Image.Resampling.NEAREST), (x, y))
+        for j, text in enumerate(lines):
+            pen.text((x, y + size + 3 + j * line), text, fill="black", font=font)
+    return sheet
+
+
+def _wrap(text: str, font: Any, width: int, most: int = 3) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines[:most]

@@ -1,0 +1,5 @@
+"""Trainable backbones, one call signature: (z, t, context, pooled) -> prediction."""
+
+from mmdit_jax.models.mmdit import MMDiT
+
+BACKBONES = {"mmdit": MMDiT}

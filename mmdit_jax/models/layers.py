@@ -1,0 +1,200 @@
+"""The parts that every backbone shares: linear maps, norms, embeddings, patches, positions.
+
+Names of parts follow DiT and SD3 (`x_embedder`, `t_embedder`, `adaLN_modulation`, ...), because
+they are also the map to published weights.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+NORM_EPSILON = 1e-6  # of every LayerNorm and RMSNorm of the SD3 family
+
+
+def _flat_xavier_uniform(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32):
+    """Xavier-uniform of the kernel seen as one flat (in, out) matrix, as DiT initialises."""
+    bound = math.sqrt(6.0 / (shape[0] + math.prod(shape[1:])))
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+INITIALIZERS = {
+    "xavier": _flat_xavier_uniform,
+    "normal_0.02": nn.initializers.normal(0.02),
+    "zeros": nn.initializers.zeros_init(),
+}
+
+
+class Linear(nn.Module):
+    """`x @ kernel + bias` with an output of one or several axes and named parameter axes.
+
+    q, k and v share one kernel (D, 3, D) and so do the vectors of a modulation (D, 6, D): one
+    matrix product, but each projection stays a matrix of its own for the optimizer and for names.
+
+    Attributes:
+        features: output axes, e.g. `(3, 64)`.
+        axes: logical names of the kernel's axes, input first.
+        initializer: a name in `INITIALIZERS`.
+        dtype: of the matrix product; parameters are float32.
+    """
+
+    features: tuple[int, ...]
+    axes: tuple[str, ...]
+    initializer: str = "xavier"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param(
+            "kernel",
+            nn.with_logical_partitioning(INITIALIZERS[self.initializer], self.axes),
+            (x.shape[-1], *self.features),
+            jnp.float32,
+        )
+        bias = self.param(
+            "bias",
+            nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[1:]),
+            self.features,
+            jnp.float32,
+        )
+        y = jax.lax.dot_general(
+            x.astype(self.dtype), kernel.astype(self.dtype), (((x.ndim - 1,), (0,)), ((), ()))
+        )
+        return y + jnp.expand_dims(bias.astype(self.dtype), tuple(range(x.ndim - 1)))
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm over the head size with one learnable scale for all heads (paper 5.3.2)."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BLNK: jax.Array) -> jax.Array:
+        scale_K = self.param(
+            "scale",
+            nn.with_logical_partitioning(nn.initializers.ones_init(), ("head",)),
+            (x_BLNK.shape[-1],),
+            jnp.float32,
+        )
+        x = x_BLNK.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + NORM_EPSILON)
+        # SD3 rounds to the compute dtype before the scale (conventions 1.4).
+        return x.astype(self.dtype) * jnp.expand_dims(scale_K, (0, 1, 2)).astype(self.dtype)
+
+
+def layer_norm(x: jax.Array) -> jax.Array:
+    """LayerNorm without parameters over the last axis, statistics in float32."""
+    x32 = x.astype(jnp.float32)
+    mean = jnp.mean(x32, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(x32 - mean), axis=-1, keepdims=True)
+    return ((x32 - mean) * jax.lax.rsqrt(variance + NORM_EPSILON)).astype(x.dtype)
+
+
+def modulate(x_BLD: jax.Array, shift_BD: jax.Array, scale_BD: jax.Array) -> jax.Array:
+    """`x (1 + scale) + shift`, the same for all tokens of a sample."""
+    return x_BLD * (1 + scale_BD[:, None]) + shift_BD[:, None]
+
+
+class Mlp(nn.Module):
+    """Linear - GELU(tanh) - Linear, four times as wide inside."""
+
+    width: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        h_BLF = Linear((4 * self.width,), ("embed", "mlp"), dtype=self.dtype, name="fc1")(x_BLD)
+        h_BLF = nn.gelu(h_BLF, approximate=True)
+        return Linear((self.width,), ("mlp", "embed"), dtype=self.dtype, name="fc2")(h_BLF)
+
+
+class VectorEmbedder(nn.Module):
+    """Linear - SiLU - Linear, from a vector per sample to the width, N(0, 0.02) as in DiT."""
+
+    width: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BV: jax.Array) -> jax.Array:
+        settings = {"initializer": "normal_0.02", "dtype": self.dtype}
+        h_BD = Linear((self.width,), ("features", "embed"), name="fc1", **settings)(x_BV)
+        return Linear((self.width,), ("embed", "modulation"), name="fc2", **settings)(nn.silu(h_BD))
+
+
+def timestep_features(t_B: jax.Array, size: int = 256) -> jax.Array:
+    """Sinusoids of 1000 t as (B, size), [cos, sin], frequencies 10000^(-i/128); float32 always.
+
+    In bfloat16 a thousand timesteps collapse to 507 values (T3), so nothing here follows the
+    compute dtype.
+    """
+    half = size // 2
+    frequencies = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = 1000.0 * t_B.astype(jnp.float32)[:, None] * frequencies[None]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def patchify(z_BHWC: jax.Array, patch: int) -> jax.Array:
+    """Cuts into `patch` x `patch` squares: (B, I, patch * patch * C), tokens row by row.
+
+    Inside a token the order is (row, column, channel), as `unpatchify` expects.
+    """
+    b, h, w, c = z_BHWC.shape
+    z = z_BHWC.reshape(b, h // patch, patch, w // patch, patch, c)
+    return z.transpose(0, 1, 3, 2, 4, 5).reshape(b, (h // patch) * (w // patch), patch * patch * c)
+
+
+def unpatchify(x_BIP: jax.Array, patch: int, height: int, width: int) -> jax.Array:
+    """Inverse of `patchify` for a latent of `height` x `width`."""
+    b, _, p = x_BIP.shape
+    c = p // (patch * patch)
+    x = x_BIP.reshape(b, height // patch, width // patch, patch, patch, c)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, height, width, c)
+
+
+def position_embedding(
+    height: int, width: int, features: int, *, max_size: int, native: int
+) -> np.ndarray:
+    """Sine-cosine embedding of a centre crop of the position grid (paper, Sec. 5.3.2).
+
+    The grid has `max_size` positions an axis; position p has the coordinate
+    (p - (max_size - native) / 2) * 16 / native, so that an image of `native` patches reaches from
+    0 to 16 (excluded) as at 256 px, whatever the resolution. The first half of the features
+    encodes the column, the second the row; each is [sin, cos] with frequencies
+    10000^(-i / (features / 4)).
+
+    Args:
+        height: rows of patches.
+        width: columns of patches.
+        features: width of the model, a multiple of 4.
+        max_size: patches an axis that the grid holds (192 in SD3).
+        native: patches an axis at the training resolution (16 at 256 px, 64 at 1024 px).
+
+    Returns:
+        (height * width, features) float32, computed in float64.
+
+    Raises:
+        ValueError: more rows or columns than the grid holds.
+    """
+    if height > max_size or width > max_size:
+        raise ValueError(
+            f"{height} x {width} patches exceed the position grid of {max_size} x {max_size}; "
+            "use a smaller picture or a larger model.pos_embed_max_size"
+        )
+
+    def crop(size: int) -> np.ndarray:
+        start = (max_size - size) // 2
+        positions = np.arange(start, start + size, dtype=np.float64)
+        return (positions - (max_size - native) / 2) * (16.0 / native)
+
+    def embed(coordinates: np.ndarray) -> np.ndarray:
+        quarter = features // 4
+        frequencies = 10000.0 ** (-np.arange(quarter, dtype=np.float64) / quarter)
+        angles = coordinates.reshape(-1, 1) * frequencies
+        return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+    rows, columns = np.meshgrid(crop(height), crop(width), indexing="ij")
+    return np.concatenate([embed(columns), embed(rows)], axis=1).astype(np.float32)

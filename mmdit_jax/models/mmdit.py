@@ -1,0 +1,249 @@
+"""MM-DiT: text and image tokens with weights of their own, joined in attention (paper, Sec. 4).
+
+Depth d is the one dial: width 64 d, d heads of 64, MLP of 4 x width, d blocks. All blocks but the
+last run under one `nn.scan`, so compile time does not grow with depth; the last block is outside,
+because its text side ends at the attention.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mmdit_jax.models.attention import attention, max_logit
+from mmdit_jax.models.layers import (
+    Linear,
+    Mlp,
+    RMSNorm,
+    VectorEmbedder,
+    layer_norm,
+    modulate,
+    patchify,
+    position_embedding,
+    timestep_features,
+    unpatchify,
+)
+from mmdit_jax.sharding import constrain
+
+HEAD_SIZE = 64
+
+# What a block keeps for the backward pass; the rest is computed again.
+REMAT_POLICIES = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Attention(nn.Module):
+    """The projections of one stream into and out of an attention."""
+
+    heads: int
+    qk_norm: bool
+    pre_only: bool = False
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        width = self.heads * HEAD_SIZE
+        self.qkv = Linear((3, width), ("embed", "stack", "heads_out"), dtype=self.dtype)
+        if self.qk_norm:
+            self.ln_q = RMSNorm(dtype=self.dtype)
+            self.ln_k = RMSNorm(dtype=self.dtype)
+        if not self.pre_only:
+            self.proj = Linear((width,), ("heads_out", "embed"), dtype=self.dtype)
+
+    def project_in(self, x_BLD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """q, k, v as (B, L, N, K), q and k normalised before the streams are joined."""
+        qkv = self.qkv(x_BLD)
+        qkv = qkv.reshape(*qkv.shape[:-1], self.heads, HEAD_SIZE)
+        qkv = constrain(qkv, "batch", "tokens", None, "heads", None)
+        q_BLNK, k_BLNK, v_BLNK = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        if self.qk_norm:
+            q_BLNK, k_BLNK = self.ln_q(q_BLNK), self.ln_k(k_BLNK)
+        return q_BLNK, k_BLNK, v_BLNK
+
+    def project_out(self, o_BLNK: jax.Array) -> jax.Array:
+        return self.proj(o_BLNK.reshape(*o_BLNK.shape[:2], -1))
+
+
+class Stream(nn.Module):
+    """One of the two weight sets of a block: modulation, attention projections, MLP.
+
+    The modulation has 6 vectors (shift, scale, gate for attention and for the MLP), 9 with a
+    second attention (`dual`), 2 where the stream ends at the attention (`pre_only`).
+    """
+
+    heads: int
+    qk_norm: bool
+    pre_only: bool = False
+    dual: bool = False
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        width = self.heads * HEAD_SIZE
+        vectors = 2 if self.pre_only else 9 if self.dual else 6
+        self.adaLN_modulation = Linear(
+            (vectors, width), ("embed", "stack", "modulation"), initializer="zeros", dtype=self.dtype
+        )
+        self.attn = Attention(self.heads, self.qk_norm, self.pre_only, self.dtype)
+        if self.dual:
+            self.attn2 = Attention(self.heads, self.qk_norm, dtype=self.dtype)
+        if not self.pre_only:
+            self.mlp = Mlp(width, dtype=self.dtype)
+
+    def before(self, x_BLD: jax.Array, y_BD: jax.Array):
+        """Modulated q, k, v of the joint attention and what `after` needs."""
+        m_BSD = self.adaLN_modulation(y_BD)
+        normed_BLD = layer_norm(x_BLD)
+        qkv = self.attn.project_in(modulate(normed_BLD, m_BSD[:, 0], m_BSD[:, 1]))
+        return qkv, (normed_BLD, m_BSD)
+
+    def after(self, x_BLD: jax.Array, o_BLNK: jax.Array, carried) -> jax.Array:
+        """Adds the gated attention, the gated second attention if there is one, the gated MLP."""
+        normed_BLD, m_BSD = carried
+        x_BLD = x_BLD + m_BSD[:, 2, None] * self.attn.project_out(o_BLNK)
+        if self.dual:
+            # Reads the same norm as the joint attention, not the sum after it (conventions 1.4).
+            q, k, v = self.attn2.project_in(modulate(normed_BLD, m_BSD[:, 6], m_BSD[:, 7]))
+            x_BLD = x_BLD + m_BSD[:, 8, None] * self.attn2.project_out(attention(q, k, v))
+        h_BLD = modulate(layer_norm(x_BLD), m_BSD[:, 3], m_BSD[:, 4])
+        return x_BLD + m_BSD[:, 5, None] * self.mlp(h_BLD)
+
+
+class JointBlock(nn.Module):
+    """One MM-DiT block: (text, image) tokens in, the same out (Fig. 2b of the paper)."""
+
+    heads: int
+    qk_norm: bool
+    dual: bool = False
+    last: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, carry: tuple[jax.Array, jax.Array], y_BD: jax.Array):
+        c_BTD, x_BID = carry
+        settings = {"heads": self.heads, "qk_norm": self.qk_norm, "dtype": self.dtype}
+        context_block = Stream(pre_only=self.last, name="context_block", **settings)
+        x_block = Stream(dual=self.dual, name="x_block", **settings)
+
+        qkv_c, carried_c = context_block.before(c_BTD, y_BD)
+        qkv_x, carried_x = x_block.before(x_BID, y_BD)
+        q, k, v = (
+            jnp.concatenate(pair, axis=1) for pair in zip(qkv_c, qkv_x, strict=True)
+        )  # text first, as in the released code
+        if self.is_mutable_collection("intermediates"):
+            self.sow("intermediates", "max_attention_logit", max_logit(q, k))
+        o_BLNK = attention(q, k, v)
+        text_tokens = c_BTD.shape[1]
+
+        x_BID = x_block.after(x_BID, o_BLNK[:, text_tokens:], carried_x)
+        x_BID = constrain(x_BID, "batch", "tokens", "width")
+        if not self.last:
+            c_BTD = context_block.after(c_BTD, o_BLNK[:, :text_tokens], carried_c)
+            c_BTD = constrain(c_BTD, "batch", "tokens", "width")
+        return (c_BTD, x_BID), None
+
+
+class MMDiT(nn.Module):
+    """The SD3 backbone.
+
+    Attributes:
+        depth: d of the paper: number of blocks, number of heads, width / 64.
+        channels: C of the latent, in and out.
+        patch: side of a patch in latent pixels.
+        qk_norm: RMSNorm on q and k in both streams (off only for the weights of SD3-medium).
+        dual_attention_layers: the first n blocks get a second, image-only attention (13 in
+            SD3.5-medium).
+        pos_embed_max_size: patches an axis that the position grid holds.
+        pos_embed_native: patches an axis at the training resolution.
+        remat: a name in `REMAT_POLICIES`.
+        dtype: compute dtype; parameters are float32.
+    """
+
+    depth: int
+    channels: int = 16
+    patch: int = 2
+    qk_norm: bool = True
+    dual_attention_layers: int = 0
+    pos_embed_max_size: int = 192
+    pos_embed_native: int = 16
+    remat: str = "none"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, z_BHWC: jax.Array, t_B: jax.Array, context_BTE: jax.Array, pooled_BV: jax.Array
+    ) -> jax.Array:
+        """Predicts from a noisy latent, its noise level t in [0, 1], and the text.
+
+        Returns:
+            (B, H, W, C) float32, in whatever prediction the formulation defines.
+
+        Raises:
+            ValueError: a latent whose sides are not multiples of the patch, or are larger than
+                the position grid.
+        """
+        _, height, width, channels = z_BHWC.shape
+        if height % self.patch or width % self.patch or channels != self.channels:
+            raise ValueError(
+                f"latent {height} x {width} x {channels}: the sides must be multiples of the patch "
+                f"({self.patch}) and the channels {self.channels}"
+            )
+        features = self.depth * HEAD_SIZE
+        positions_ID = position_embedding(
+            height // self.patch,
+            width // self.patch,
+            features,
+            max_size=self.pos_embed_max_size,
+            native=self.pos_embed_native,
+        )
+        linear = {"features": (features,), "axes": ("features", "embed"), "dtype": self.dtype}
+        x_BID = Linear(name="x_embedder", **linear)(patchify(z_BHWC, self.patch))
+        x_BID = x_BID + jnp.asarray(positions_ID, self.dtype)[None]
+        c_BTD = Linear(name="context_embedder", **linear)(context_BTE)
+        y_BD = VectorEmbedder(features, self.dtype, name="t_embedder")(timestep_features(t_B))
+        y_BD = y_BD + VectorEmbedder(features, self.dtype, name="y_embedder")(pooled_BV)
+        y_BD = nn.silu(y_BD)  # the SiLU that stands before each adaLN linear
+
+        x_BID = constrain(x_BID, "batch", "tokens", "width")
+        c_BTD = constrain(c_BTD, "batch", "tokens", "width")
+        dual = self.dual_attention_layers
+        carry = (c_BTD, x_BID)
+        carry = self._scan(carry, y_BD, min(dual, self.depth - 1), True, "dual_blocks")
+        carry = self._scan(carry, y_BD, max(self.depth - 1 - dual, 0), False, "joint_blocks")
+        last = nn.remat(JointBlock, policy=REMAT_POLICIES[self.remat])(
+            self.depth, self.qk_norm, dual >= self.depth, True, self.dtype, name="last_block"
+        )
+        (_, x_BID), _ = last(carry, y_BD)
+
+        m_BSD = Linear(
+            (2, features),
+            ("embed", "stack", "modulation"),
+            initializer="zeros",
+            dtype=self.dtype,
+            name="final_adaLN_modulation",
+        )(y_BD)
+        x_BID = modulate(layer_norm(x_BID), m_BSD[:, 0], m_BSD[:, 1])
+        out_BIP = Linear(
+            (self.patch**2 * self.channels,),
+            ("embed", "features"),
+            initializer="zeros",
+            dtype=self.dtype,
+            name="final_linear",
+        )(x_BID)
+        return unpatchify(out_BIP.astype(jnp.float32), self.patch, height, width)
+
+    def _scan(self, carry, y_BD: jax.Array, length: int, dual: bool, name: str):
+        if length == 0:
+            return carry
+        block = nn.remat(JointBlock, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        blocks = nn.scan(
+            block,
+            variable_axes={"params": 0, "intermediates": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=length,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(self.depth, self.qk_norm, dual, False, self.dtype, name=name)
+        return blocks(carry, y_BD)[0]

@@ -1,0 +1,277 @@
+"""The parts of one run, put together once for every command: model, mathematics, text, data.
+
+The rooms do not know each other (the network is a function to `flow`, training knows no encoders and
+no evaluators). This is where they meet.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from absl import logging
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from mmdit_jax import config as config_lib
+from mmdit_jax import sharding
+from mmdit_jax.data.loader import Loader
+from mmdit_jax.data.manifest import Manifest
+from mmdit_jax.encoders import pixels
+from mmdit_jax.encoders.conditioning import assemble, drop_mask
+from mmdit_jax.encoders.text import encode, load_text_encoders
+from mmdit_jax.evaluation.sampling import Sampler, SampleSettings
+from mmdit_jax.evaluation.validation import Validation
+from mmdit_jax.flow import formulation as formulation_lib
+from mmdit_jax.flow.formulation import Formulation
+from mmdit_jax.training import optimizer as optimizer_lib
+from mmdit_jax.training import state as state_lib
+from mmdit_jax.training import workdir as workdir_lib
+from mmdit_jax.training.checkpoint import Checkpointer
+from mmdit_jax.training.step import Conditioning, Predict, make_predict
+
+
+class Parts(NamedTuple):
+    """What follows from a config alone."""
+
+    config: ConfigDict
+    model: nn.Module
+    formulation: Formulation
+    predict: Predict
+    conditioning: Conditioning
+
+
+def build(config: ConfigDict) -> Parts:
+    """Checks a config and makes everything that it names.
+
+    Raises:
+        ValueError: what is wrong with the config.
+    """
+    config_lib.validate(config)
+    model = state_lib.build_model(config)
+    formulation = formulation_lib.make(**config.flow)
+    names = tuple(config.data.text_encoders)
+    context_width = config.model.context_width
+    return Parts(
+        config=config,
+        model=model,
+        formulation=formulation,
+        predict=make_predict(model, formulation),
+        conditioning=Conditioning(
+            assemble=lambda text, keep: assemble(text, context_width, keep),
+            drop_mask=lambda key, batch: drop_mask(key, batch, config.data.dropout, names),
+        ),
+    )
+
+
+def expected_data(config: ConfigDict) -> dict[str, Any]:
+    """What a data set must be, for `Manifest` to fit the config."""
+    return {
+        "resolution": config.data.resolution,
+        "autoencoder": {
+            "factor": config.data.factor,
+            "channels": config.model.channels,
+            "kind": config.data.kind,
+        },
+        "text_encoders": {
+            # T5 has no pooled output, and its entry does not speak of one.
+            name: {key: value for key, value in encoder.items() if value}
+            for name, encoder in config.data.text_encoders.items()
+        },
+    }
+
+
+def make_mesh(config: ConfigDict) -> Mesh:
+    """The config's mesh over all devices of the job; refuses a batch that it does not divide."""
+    mesh = sharding.make_mesh(**config.mesh)
+    sharding.check_batch(mesh, config.batch_size, config.optimizer.accumulate)
+    return mesh
+
+
+def make_loader(config: ConfigDict, split: str, batch_size: int) -> Loader:
+    """A loader of the config's data set.
+
+    Raises:
+        ValueError: the data set does not fit the config, or there is none.
+    """
+    if not config.data.path:
+        raise ValueError(
+            "config.data.path is empty; give the output of data_pipelines.build, for example "
+            "--config.data.path=data/shapes"
+        )
+    return Loader(
+        config.data.path,
+        split=split,
+        batch_size=batch_size,
+        seed=config.seed,
+        threads=config.data.threads,
+        prefetch=config.data.prefetch,
+        expected=expected_data(config),
+    )
+
+
+def make_validation(parts: Parts, loader: Loader, mesh: Mesh) -> Validation:
+    """The validation loss as the config sets it."""
+    settings = parts.config.evaluation
+    return Validation(
+        predict=parts.predict,
+        assemble=parts.conditioning.assemble,
+        formulation=parts.formulation,
+        loader=loader,
+        mesh=mesh,
+        samples=settings.samples,
+        levels=settings.levels,
+        batch_size=settings.batch_size,
+    )
+
+
+def make_text_encoder(
+    config: ConfigDict, manifest: Manifest, folder: str = ""
+) -> Callable[[Sequence[str]], Mapping[str, Any]]:
+    """captions -> text outputs, by the encoders that the data set was made with.
+
+    Args:
+        config: of the run.
+        manifest: of its data set.
+        folder: where the encoders lie (clip_l/, clip_g/, t5/), when not where the manifest says.
+
+    Raises:
+        ValueError: an encoder that is not the one that the data set was made with.
+    """
+    folders, lengths = {}, {}
+    for name, about in manifest.text_encoders.items():
+        path = os.path.join(folder, name) if folder else str(about["path"])
+        folders[name] = ",".join(
+            part if os.path.isabs(part) or folder else os.path.join(config.data.path, part)
+            for part in path.split(",")
+        )
+        lengths[name] = int(about["length"])
+    encoders = load_text_encoders(folders, lengths)
+    for name, encoder in encoders.items():
+        wanted = manifest.text_encoders[name]["hash"]
+        if encoder.hash != wanted:
+            raise ValueError(
+                f"text encoder {folders[name]} has the weights {encoder.hash[:12]}, the data set "
+                f"was made with {wanted[:12]}; give the folder of those with --encoders"
+            )
+    return functools.partial(encode, encoders)
+
+
+def sample_settings(config: ConfigDict) -> SampleSettings:
+    """The config's sampling settings."""
+    values = config.samples
+    return SampleSettings(
+        **{name: values[name] for name in SampleSettings._fields if name != "cfg_interval"},
+        cfg_interval=tuple(values.cfg_interval),
+    )
+
+
+def make_sampler(
+    parts: Parts,
+    manifest: Manifest,
+    mesh: Mesh,
+    settings: SampleSettings,
+    *,
+    encoders: str = "",
+    batch_size: int = 64,
+) -> Sampler:
+    """Prompts to pictures at the training resolution."""
+    side = config_lib.latent_side(parts.config)
+    return Sampler(
+        predict=parts.predict,
+        assemble=parts.conditioning.assemble,
+        encode=make_text_encoder(parts.config, manifest, encoders),
+        decode=functools.partial(pixels.decode, autoencoder=manifest.autoencoder),
+        formulation=parts.formulation,
+        latent_shape=(side, side, parts.config.model.channels),
+        mesh=mesh,
+        settings=settings,
+        batch_size=batch_size,
+    )
+
+
+def read_config(workdir: str) -> ConfigDict:
+    """The config that a run was started with."""
+    return workdir_lib.read_config(workdir)
+
+
+class TrainedRun(NamedTuple):
+    """A run as it was left in its workdir."""
+
+    parts: Parts
+    manifest: Manifest
+    mesh: Mesh
+    params: Any
+    step: int
+    weights: str
+
+
+def open_run(workdir: str, *, weights: str = "ema", step: int = 0) -> TrainedRun:
+    """Opens the weights of a run for sampling and evaluation.
+
+    Args:
+        workdir: of `mmdit_jax.train`.
+        weights: "ema" or "raw"; a run without EMA has raw ones only.
+        step: of the checkpoint; 0 is the newest.
+
+    Raises:
+        FileNotFoundError: no run, or no checkpoint of that step.
+        ValueError: EMA weights of a run that has none.
+    """
+    parts = build(read_config(workdir))
+    config = parts.config
+    if weights not in config_lib.WEIGHTS:
+        raise ValueError(f"weights={weights!r} must be one of {', '.join(config_lib.WEIGHTS)}")
+    if weights == "ema" and config.ema.decay == 0:
+        raise ValueError("this run has no EMA (ema.decay=0); use --weights=raw")
+    manifest = Manifest.load(workdir, check_shards=False)
+    checkpointer = Checkpointer(workdir, read_only=True)
+    known = checkpointer.steps()
+    if not known or (step and step not in known):
+        raise FileNotFoundError(
+            f"{workdir} has no checkpoint{f' of step {step}' if step else ''}; it has "
+            f"{', '.join(map(str, known)) or 'none yet'}"
+        )
+    # The mesh of training is not needed here: all devices share the batch.
+    mesh = sharding.make_mesh(fsdp=1)
+    boxed = state_lib.abstract_params(config)
+    params = checkpointer.restore_weights(
+        nn.meta.unbox(boxed), sharding.parameter_shardings(boxed, mesh), step or known[-1], weights
+    )
+    checkpointer.close()
+    return TrainedRun(parts, manifest, mesh, params, step or known[-1], weights)
+
+
+def init_from(workdir: str, state: state_lib.TrainState, plan: state_lib.StatePlan):
+    """A fresh state with the newest EMA weights (raw, where there is no EMA) of another run.
+
+    Raises:
+        FileNotFoundError: that workdir has no checkpoint.
+    """
+    checkpointer = Checkpointer(workdir, read_only=True)
+    step = checkpointer.latest_step()
+    if step is None:
+        raise FileNotFoundError(f"init_from={workdir} has no checkpoint; give a trained workdir")
+    weights = "ema" if workdir_lib.read_config(workdir).ema.decay > 0 else "raw"
+    params = checkpointer.restore_weights(
+        plan.abstract.params, plan.shardings.params, step, weights
+    )
+    checkpointer.close()
+    logging.info("parameters start from the %s weights of %s, step %d", weights, workdir, step)
+    ema_params = None if state.ema_params is None else jax.tree.map(jnp.copy, params)
+    return state.replace(params=params, ema_params=ema_params)
+
+
+def plan(parts: Parts, mesh: Mesh) -> tuple[Any, state_lib.StatePlan]:
+    """The optimizer and the placement of the whole training state."""
+    optimizer = optimizer_lib.make_optimizer(parts.config)
+    return optimizer, state_lib.plan_state(parts.config, optimizer, mesh)
+
+
+def device_names() -> str:
+    """For logs: number, kind and platform of the devices."""
+    devices = jax.devices()
+    return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"

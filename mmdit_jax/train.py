@@ -1,0 +1,169 @@
+"""Trains a model on a pre-encoded data set.
+
+    python -m mmdit_jax.train --config=configs/shapes.py --workdir=runs/first \\
+        --config.data.path=data/shapes
+
+The same command again goes on where the run stopped. Exit code 75 asks for that (SIGTERM arrived and
+everything is saved). `--dry_run` prints what would run, as JSON, without allocating the model.
+"""
+
+import json
+import os
+
+import jax
+from absl import flags, logging
+from ml_collections import config_flags
+
+from mmdit_jax import command, run, sharding
+from mmdit_jax import config as config_lib
+from mmdit_jax.evaluation.sampling import draw_grid
+from mmdit_jax.scaling import flops
+from mmdit_jax.training import state as state_lib
+from mmdit_jax.training import workdir as workdir_lib
+from mmdit_jax.training.checkpoint import Checkpointer
+from mmdit_jax.training.loop import Hook, train
+from mmdit_jax.training.metrics import MetricWriter
+from mmdit_jax.training.step import jit_train_step, make_train_step
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config file with its arguments: configs/mmdit.py:depth=24,resolution=256"
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and samples go.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan as one JSON object and exit.")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator_address", "", "host:port of process 0; TPU pods and SLURM need none."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "Processes of the job.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", -1, "Number of this process, from 0.")
+
+
+def dry_run(parts: run.Parts) -> None:
+    """Prints parameters, tokens, FLOPs, mesh, bytes per device and the whole config."""
+    config = parts.config
+    mesh = sharding.abstract_mesh(**config.mesh)
+    sharding.check_batch(mesh, config.batch_size, config.optimizer.accumulate)
+    _, plan = run.plan(parts, mesh)
+    plan_json = {
+        "parameters": state_lib.count_parameters(plan.abstract.params),
+        "tokens": {
+            "image": config_lib.image_tokens(config),
+            "text": config_lib.text_tokens(config),
+        },
+        "model_flops_per_step": flops.train_step(config),
+        "mesh": dict(mesh.shape),
+        "bytes_per_device": sharding.overview(plan.abstract, plan.shardings)[1],
+        "config": config_lib.to_json(config),
+    }
+    print(json.dumps(plan_json, indent=2))
+
+
+def main(argv: list[str]) -> int:
+    """Wires the parts of a run together and trains."""
+    del argv
+    if _CONFIG.value is None:
+        raise ValueError("--config is missing; for example --config=configs/shapes.py")
+    config = _CONFIG.value
+    if config.data.path:
+        config.data.path = os.path.abspath(config.data.path)
+    parts = run.build(config)
+    if _DRY_RUN.value:
+        dry_run(parts)
+        return command.EXIT_OK
+    if not _WORKDIR.value:
+        raise ValueError("--workdir is missing; give a directory for this run")
+    workdir = os.path.abspath(_WORKDIR.value)
+
+    # Everything that a user may have wrong is checked before the first compilation.
+    sharding.initialize_distributed(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    first_process = jax.process_index() == 0
+    mesh = run.make_mesh(config)
+    loader = run.make_loader(config, "train", config.batch_size)
+    workdir_lib.check_resume(workdir, config, loader.manifest)
+    optimizer, plan = run.plan(parts, mesh)
+    hooks = make_hooks(parts, mesh, loader, workdir)
+    if first_process:
+        workdir_lib.write_identity(workdir, config, loader.manifest)
+    logging.info("%s, mesh %s", run.device_names(), dict(mesh.shape))
+    logging.info("%d records in %s", loader.records, config.data.path)
+    sharding.log_overview("parameters", plan.abstract.params, plan.shardings.params)
+
+    checkpointer = Checkpointer(workdir, keep=config.checkpoint.keep)
+    saved = checkpointer.latest_step()
+    if saved is None:
+        state = state_lib.init_state(config, optimizer, plan)
+        if config.init_from:
+            state = run.init_from(config.init_from, state, plan)
+    elif saved >= config.steps:
+        logging.info("%s is at step %d of %d: nothing to do", workdir, saved, config.steps)
+        return command.EXIT_OK
+    else:
+        state = checkpointer.restore(plan, saved)
+    step = int(state.step)
+
+    train_step = make_train_step(
+        config,
+        model=parts.model,
+        formulation=parts.formulation,
+        optimizer=optimizer,
+        conditioning=parts.conditioning,
+        autoencoder=loader.manifest.autoencoder,
+    )
+    writer = MetricWriter(workdir, start_step=step, active=first_process)
+    outcome = train(
+        config,
+        state=state,
+        train_step=jit_train_step(train_step, plan.shardings, mesh),
+        batches=loader.batches(step, sharding.batch_sharding(mesh)),
+        sample_ids=loader.sample_ids,
+        checkpointer=checkpointer,
+        writer=writer,
+        hooks=hooks,
+    )
+    checkpointer.close()
+    writer.close()
+    return command.EXIT_RESUME if outcome.preempted else command.EXIT_OK
+
+
+def make_hooks(parts: run.Parts, mesh, loader, workdir: str) -> list[Hook]:
+    """Validation loss and sample grids, as often as the config says."""
+    config = parts.config
+    hooks = []
+
+    def weights(state):
+        return state.ema_params if state.ema_params is not None else state.params
+
+    if config.evaluation.every:
+        held_out = run.make_loader(config, "validation", config.batch_size)
+        validation = run.make_validation(parts, held_out, mesh)
+
+        def validate(state, step: int) -> dict[str, float]:
+            del step
+            return {f"val/{k}": v for k, v in validation(weights(state)).scalars().items()}
+
+        hooks.append(Hook("validation", config.evaluation.every, validate))
+
+    prompts = list(config.samples.prompts)
+    if config.samples.every and prompts:
+        sampler = run.make_sampler(
+            parts,
+            loader.manifest,
+            mesh,
+            run.sample_settings(config),
+            batch_size=min(64, len(prompts)),
+        )
+
+        def sample(state, step: int) -> dict[str, float]:
+            raw = config.samples.weights == "raw"
+            pictures = sampler(state.params if raw else weights(state), prompts)
+            if jax.process_index() == 0:
+                os.makedirs(os.path.join(workdir, "samples"), exist_ok=True)
+                path = os.path.join(workdir, "samples", f"{step:08d}.png")
+                draw_grid(pictures, prompts).save(path)
+            return {}
+
+        hooks.append(Hook("samples", config.samples.every, sample))
+    return hooks
+
+
+if __name__ == "__main__":
+    command.run(main)

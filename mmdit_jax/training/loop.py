@@ -1,0 +1,202 @@
+"""The training loop: from a state at step s to a state at step `config.steps`.
+
+The loop knows its state, its step and its batches. What happens between steps (validation, sample
+grids) is handed in as hooks by the command.
+"""
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from absl import logging
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from mmdit_jax.scaling import flops
+from mmdit_jax.training.checkpoint import Checkpointer
+from mmdit_jax.training.metrics import Average, MetricWriter, Progress
+from mmdit_jax.training.state import TrainState
+
+
+class Hook(NamedTuple):
+    """Something that runs on the state after every `every`-th step, and after the last one.
+
+    Attributes:
+        name: for the log.
+        every: steps; 0 is never.
+        run: (state, step) -> scalars to write.
+    """
+
+    name: str
+    every: int
+    run: Callable[[TrainState, int], dict[str, float]]
+
+    def due(self, step: int, last: int) -> bool:
+        return self.every > 0 and (step % self.every == 0 or step == last)
+
+
+class Outcome(NamedTuple):
+    """How the loop ended: the state, and whether it was asked to stop before the last step."""
+
+    state: TrainState
+    preempted: bool
+
+
+class Preemption:
+    """Notices SIGTERM (a preempted machine) and lets all processes stop at the same step."""
+
+    def __init__(self):
+        """Takes over SIGTERM, unless jax.distributed already listens for it."""
+        self._asked = False
+        self._distributed = jax.distributed.is_initialized()
+        if not self._distributed:
+            signal.signal(signal.SIGTERM, self._ask)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        del number, frame
+        self._asked = True
+
+    def reached(self, step: int) -> bool:
+        """True from the step at which every process stops; all must call it with each step."""
+        if self._distributed:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._asked
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss or the gradient is NaN or infinite."""
+
+
+def train(
+    config: ConfigDict,
+    *,
+    state: TrainState,
+    train_step: Callable,
+    batches: Iterator[Any],
+    sample_ids: Callable[[int], Any],
+    checkpointer: Checkpointer,
+    writer: MetricWriter,
+    hooks: Sequence[Hook],
+) -> Outcome:
+    """Runs steps until `config.steps` or preemption; saves, logs, validates on the way.
+
+    Metrics of a step are fetched after the next step has been dispatched, so the device never
+    waits for the host.
+
+    Raises:
+        NonFiniteLoss: naming the step, its samples and the last good checkpoint.
+    """
+    first = step = int(state.step)
+    last = config.steps
+    preemption = Preemption()
+    progress = Progress(last, active=jax.process_index() == 0)
+    average = Average()
+    clock = _Clock(config, first)
+    pending: tuple[int, Any] | None = None
+
+    def fetch() -> None:
+        """Waits for the metrics of the step before and checks them."""
+        nonlocal pending
+        if pending is None:
+            return
+        at, metrics = pending[0], jax.device_get(pending[1])
+        pending = None
+        if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
+            raise NonFiniteLoss(
+                f"step {at}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; samples "
+                f"{list(map(int, sample_ids(at - 1)))[:64]}; last good checkpoint: step "
+                f"{checkpointer.latest_step()}"
+            )
+        average.add(metrics)
+
+    stopping = False
+    while step < last and not stopping:
+        batch = next(batches)
+        state, metrics = train_step(state, batch)
+        fetch()
+        step += 1
+        pending = (step, metrics)
+        if step == first + 1:
+            fetch()  # the first step compiles: it is left out of the speed
+            clock.restart(step)
+
+        stopping = preemption.reached(step)
+        saving = stopping or step == last or step % config.checkpoint.every == 0
+        due = [hook for hook in hooks if hook.due(step, last) and not stopping]
+        logging_now = step % config.log.every == 0 or step == last or step == first + 1
+        if saving or due or logging_now:
+            fetch()
+        if logging_now:
+            scalars = average.pop() | clock.read(step)
+            writer.write(step, step * config.batch_size, scalars)
+            progress.show(step, scalars, log=True)
+        elif step % 10 == 0:
+            progress.show(step, clock.peek(step), log=False)
+        if saving or due:
+            with clock.paused():
+                if saving:
+                    checkpointer.save(
+                        state, {"step": step, "samples": step * config.batch_size}
+                    )
+                for hook in due:
+                    scalars = hook.run(state, step)
+                    if scalars:
+                        writer.write(step, step * config.batch_size, scalars)
+                        text = "  ".join(f"{k} {v:.4f}" for k, v in list(scalars.items())[:2])
+                        logging.info("step %d  %s  %s", step, hook.name, text)
+
+    checkpointer.wait()
+    if stopping and step < last:
+        logging.info("stopped by SIGTERM after step %d, which is saved", step)
+    return Outcome(state, preempted=stopping and step < last)
+
+
+class _Clock:
+    """Speed since the last log line, without the time spent in checkpoints and hooks."""
+
+    def __init__(self, config: ConfigDict, step: int):
+        self._batch_size = config.batch_size
+        self._flops = flops.train_step(config)
+        self._devices = jax.device_count()
+        self._peak = flops.PEAK_FLOPS.get(jax.devices()[0].device_kind)
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        self._step, self._start = step, time.monotonic()
+
+    def peek(self, step: int) -> dict[str, float]:
+        steps = step - self._step
+        if steps < 1:
+            return {}
+        seconds = max(1e-9, (time.monotonic() - self._start) / steps)
+        rate = self._flops / seconds / self._devices
+        scalars = {
+            "perf/images_per_second": self._batch_size / seconds,
+            "perf/seconds_per_step": seconds,
+            "perf/tflops_per_device": rate / 1e12,
+        }
+        if self._peak:
+            scalars["perf/mfu"] = rate / self._peak
+        return scalars
+
+    def read(self, step: int) -> dict[str, float]:
+        scalars = self.peek(step)
+        self.restart(step)
+        return scalars
+
+    def paused(self) -> "_Pause":
+        return _Pause(self)
+
+
+class _Pause:
+    def __init__(self, clock: _Clock):
+        self._clock = clock
+
+    def __enter__(self) -> None:
+        self._entered = time.monotonic()
+
+    def __exit__(self, *exception: object) -> None:
+        self._clock._start += time.monotonic() - self._entered

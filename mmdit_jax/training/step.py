@@ -1,0 +1,194 @@
+"""One training step: from a batch of stored latents and text to the next state.
+
+Every random number of step s comes from fold_in(fold_in(key(seed), s), purpose) and is drawn as one
+array over the global batch, so a sample sees the same t, noise, dropout and latent on any mesh.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from mmdit_jax import sharding
+from mmdit_jax.data import latents
+from mmdit_jax.flow.formulation import Formulation
+from mmdit_jax.training.optimizer import update_ema
+from mmdit_jax.training.state import Purpose, TrainState, purpose_key
+
+T_BINS = 8  # of the training loss by noise level
+
+Predict = Callable[..., jax.Array]
+
+
+class Conditioning(NamedTuple):
+    """How text becomes a condition; made by the command, since training knows no encoders.
+
+    Attributes:
+        assemble: (text outputs, keep or None) -> (context_BTE, pooled_BV).
+        drop_mask: (key, B) -> which encoder of which sample is kept.
+    """
+
+    assemble: Callable[..., Any]
+    drop_mask: Callable[[jax.Array, int], Mapping[str, jax.Array]]
+
+
+def make_predict(model: nn.Module, formulation: Formulation) -> Predict:
+    """predict(params, z, t, condition) -> the network's output, its input scaled as it expects."""
+
+    def predict(params: Any, z_BHWC: jax.Array, t_B: jax.Array, condition: Any) -> jax.Array:
+        z_in = formulation.network_input(z_BHWC, t_B)
+        return model.apply({"params": params}, z_in, t_B, *condition)  # pyright: ignore
+
+    return predict
+
+
+class Noised(NamedTuple):
+    """What a step draws for its batch, before the network."""
+
+    x0: jax.Array
+    eps: jax.Array
+    t: jax.Array
+    keep: Any
+
+
+def draw(
+    batch: Mapping[str, Any],
+    step: jax.Array,
+    *,
+    seed: int,
+    formulation: Formulation,
+    conditioning: Conditioning,
+    autoencoder: Mapping[str, Any],
+) -> Noised:
+    """x0, noise, t and kept encoders of every sample of the global batch of `step`."""
+
+    def key(purpose: int) -> jax.Array:
+        return purpose_key(seed, step, purpose)
+
+    x0 = latents.to_x0(batch["latent"], autoencoder, key(Purpose.LATENT))
+    batch_size = x0.shape[0]
+    eps = jax.random.normal(key(Purpose.NOISE), x0.shape, jnp.float32)
+    return Noised(
+        x0=sharding.constrain(x0, "batch", None, None, None),
+        eps=sharding.constrain(eps, "batch", None, None, None),
+        t=sharding.constrain(formulation.sample_t(key(Purpose.TIMESTEP), (batch_size,)), "batch"),
+        keep=conditioning.drop_mask(key(Purpose.TEXT_DROPOUT), batch_size),
+    )
+
+
+def make_train_step(
+    config: ConfigDict,
+    *,
+    model: nn.Module,
+    formulation: Formulation,
+    optimizer: optax.GradientTransformation,
+    conditioning: Conditioning,
+    autoencoder: Mapping[str, Any],
+) -> Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, dict[str, jax.Array]]]:
+    """The pure function (state, batch) -> (state, metrics); `jit_train_step` compiles it."""
+    accumulate = config.optimizer.accumulate
+    log_logits = config.log.attention_logits
+
+    def loss_fn(params: Any, text: Any, noised: Noised):
+        condition = conditioning.assemble(text, noised.keep)
+        z = formulation.noisy(noised.x0, noised.eps, noised.t)
+        output, sown = model.apply(  # pyright: ignore
+            {"params": params},
+            formulation.network_input(z, noised.t),
+            noised.t,
+            *condition,
+            mutable=["intermediates"] if log_logits else [],
+        )
+        loss_B = formulation.loss(output, noised.x0, noised.eps, z, noised.t)
+        bin_B = jnp.clip((noised.t * T_BINS).astype(jnp.int32), 0, T_BINS - 1)
+        in_bin = jax.nn.one_hot(bin_B, T_BINS)
+        metrics = {
+            "loss": jnp.mean(loss_B),
+            "bin_loss": jnp.sum(in_bin * loss_B[:, None], axis=0),
+            "bin_count": jnp.sum(in_bin, axis=0),
+        }
+        if log_logits:
+            metrics["max_attention_logit"] = jnp.max(
+                jnp.stack([jnp.max(x) for x in jax.tree.leaves(sown)])
+            )
+        return metrics["loss"], metrics
+
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def micro_batches(tree: Any) -> Any:
+        # Micro-batch a takes the samples a, a + A, ...: each device splits what it already holds.
+        def split(x: jax.Array) -> jax.Array:
+            parts = x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:])
+            return jnp.moveaxis(parts, 1, 0)
+
+        return jax.tree.map(split, tree)
+
+    def gradients(params: Any, text: Any, noised: Noised):
+        if accumulate == 1:
+            (_, metrics), grads = grad_fn(params, text, noised)
+            return grads, metrics
+
+        def add(total: Any, micro: Any):
+            (_, metrics), grads = grad_fn(params, *micro)
+            return jax.tree.map(jnp.add, total, grads), metrics
+
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        total, stacked = jax.lax.scan(add, zeros, micro_batches((text, noised)))
+        metrics = {
+            name: jnp.max(x)
+            if name == "max_attention_logit"
+            else jnp.mean(x)
+            if name == "loss"
+            else jnp.sum(x, axis=0)
+            for name, x in stacked.items()
+        }
+        return jax.tree.map(lambda g: g / accumulate, total), metrics
+
+    def train_step(state: TrainState, batch: Mapping[str, Any]):
+        noised = draw(
+            batch,
+            state.step,
+            seed=config.seed,
+            formulation=formulation,
+            conditioning=conditioning,
+            autoencoder=autoencoder,
+        )
+        grads, metrics = gradients(state.params, batch["text"], noised)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        step = state.step + 1
+        ema_params = state.ema_params
+        if ema_params is not None:
+            ema_params = update_ema(
+                ema_params, params, step, decay=config.ema.decay, every=config.ema.every
+            )
+        metrics |= {
+            "grad_norm": optax.global_norm(grads),
+            "param_norm": optax.global_norm(params),
+            "update_norm": optax.global_norm(updates),
+        }
+        return TrainState(step, params, ema_params, opt_state), metrics
+
+    return train_step
+
+
+def jit_train_step(train_step: Callable, state_shardings: Any, mesh: Mesh) -> Callable:
+    """Compiles the step for the mesh: the state is donated and stays where it lies."""
+    jitted = jax.jit(
+        train_step,
+        in_shardings=(state_shardings, sharding.batch_sharding(mesh)),
+        out_shardings=(state_shardings, sharding.replicated(mesh)),
+        donate_argnums=0,
+    )
+
+    def step(state: TrainState, batch: Mapping[str, Any]):
+        with jax.set_mesh(mesh):
+            return jitted(state, batch)
+
+    step.lower = jitted.lower  # for ahead-of-time compilation
+    return step

@@ -1,0 +1,400 @@
+"""The global batch is a function of the step: not of hosts, threads, devices or restarts."""
+
+import dataclasses
+import itertools
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from mmdit_jax.data.loader import Loader
+from mmdit_jax.data.manifest import Bucket, Manifest, Shard
+from mmdit_jax.data.records import ShardWriter
+
+# Name -> width of the sequence and of the pooled vector.
+TEXT = {"clip_l": (6, 3), "clip_g": (10, 5), "t5": (8, 0)}
+FULL_TEXT = {"clip_l": (768, 768), "clip_g": (1280, 1280), "t5": (4096, 0)}
+TOKENS = 4
+
+
+def _record(number, height, width, channels, captions, text, tokens):
+    """A sample whose latent says its number, and whose text says its number and caption."""
+    rng = np.random.default_rng(number)
+    latent = rng.standard_normal((height, width, channels)).astype(np.float16)
+    latent[0, 0, 0] = number
+    record = {
+        "latent": latent,
+        "captions": [f"{number} {c}" for c in range(captions)],
+        "caption_kinds": [("original", "synthetic")[min(c, 1)] for c in range(captions)],
+        "original_size": np.array([height, width], np.int32),
+        "crop": np.array([0, 0, height, width], np.int32),
+        "key": str(number),
+    }
+    for name, (sequence, pooled) in text.items():
+        states = rng.standard_normal((captions, tokens, sequence)).astype(np.float16)
+        states[:, 0, 0], states[:, 0, 1] = number, np.arange(captions)
+        record[f"text/{name}/sequence"] = states
+        if pooled:
+            record[f"text/{name}/pooled"] = states[:, 0, :pooled].astype(np.float32)
+    return record
+
+
+def _build(
+    directory,
+    shards,
+    validation=(),
+    *,
+    sizes=((4, 4),),
+    channels=2,
+    captions=3,
+    text=TEXT,
+    tokens=TOKENS,
+):
+    """Writes shards given as (bucket, records); samples are numbered through the splits."""
+    splits, number = {"train": [], "validation": []}, itertools.count()
+    for split, layout in (("train", shards), ("validation", validation)):
+        for index, (bucket, records) in enumerate(layout):
+            file = f"{split}-{index:05d}.arrayrecord"
+            with ShardWriter(directory, file, bucket=bucket) as writer:
+                for n in itertools.islice(number, records):
+                    writer.write(_record(n, *sizes[bucket], channels, captions, text, tokens))
+            splits[split].append(writer.shard)
+    Manifest(
+        splits=splits,
+        buckets=tuple(Bucket(8 * height, 8 * width) for height, width in sizes),
+        autoencoder={"factor": 8, "channels": channels, "kind": "mean"},
+        text_encoders={name: {"length": tokens} for name in text},
+        resolution=32,
+        source="test",
+    ).save(directory)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """One bucket: 41 training samples in shards of unequal size, one of them empty."""
+    directory = tmp_path_factory.mktemp("plain")
+    _build(directory, [(0, 9), (0, 20), (0, 0), (0, 12)], [(0, 5), (0, 2)])
+    return directory
+
+
+@pytest.fixture(scope="module")
+def bucketed(tmp_path_factory):
+    """Three buckets whose shards alternate."""
+    directory = tmp_path_factory.mktemp("bucketed")
+    layout = [(0, 9), (1, 6), (0, 20), (2, 3), (1, 7)]
+    _build(directory, layout, [(0, 2), (1, 2)], sizes=((4, 4), (2, 8), (8, 2)))
+    return directory
+
+
+@pytest.fixture(params=["plain", "bucketed"])
+def directory(request):
+    return request.getfixturevalue(request.param)
+
+
+def _take(loader, steps, start=0, sharding=None):
+    batches = loader.batches(start, sharding)
+    taken = list(itertools.islice(batches, steps))
+    batches.close()
+    return taken
+
+
+def _assert_same(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+def _numbers(batch):
+    return np.asarray(batch["latent"])[:, 0, 0, 0].astype(int)
+
+
+def test_a_batch_has_the_contract_shapes_and_dtypes(plain):
+    (batch,) = _take(Loader(plain, batch_size=8, seed=0), 1)
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype.name), batch)
+    text = {name: {"sequence": ((8, TOKENS, w), "float16")} for name, (w, _) in TEXT.items()}
+    text["clip_l"]["pooled"] = ((8, 3), "float32")
+    text["clip_g"]["pooled"] = ((8, 5), "float32")
+    assert shapes == {"latent": ((8, 4, 4, 2), "float16"), "text": text}
+    assert list(batch["text"]) == ["clip_l", "clip_g", "t5"]
+
+
+def test_a_batch_holds_the_samples_of_sample_ids(directory):
+    loader = Loader(directory, batch_size=8, seed=3)
+    for step, batch in enumerate(_take(loader, 12)):
+        np.testing.assert_array_equal(_numbers(batch), loader.sample_ids(step))
+        for outputs in batch["text"].values():
+            np.testing.assert_array_equal(outputs["sequence"][:, 0, 0], loader.sample_ids(step))
+
+
+def test_all_outputs_of_a_sample_are_of_one_caption(plain):
+    chosen = []
+    for batch in _take(Loader(plain, batch_size=16, seed=0), 30):
+        captions = [outputs["sequence"][:, 0, 1] for outputs in batch["text"].values()]
+        np.testing.assert_array_equal(captions[0], captions[1])
+        np.testing.assert_array_equal(captions[0], captions[2])
+        np.testing.assert_array_equal(captions[0], batch["text"]["clip_g"]["pooled"][:, 1])
+        chosen += captions[0].astype(int).tolist()
+    # One original and two synthetic captions, drawn half and half: 480 draws, deviation 0.023.
+    np.testing.assert_allclose(np.bincount(chosen) / len(chosen), [0.5, 0.25, 0.25], atol=0.08)
+
+
+@pytest.mark.parametrize("hosts", [2, 4, 8])
+def test_hosts_read_contiguous_slices_of_one_global_batch(directory, hosts):
+    settings = dict(batch_size=16, seed=5, process_count=hosts)
+    whole = _take(Loader(directory, batch_size=16, seed=5), 5)
+    parts = [_take(Loader(directory, process_index=h, **settings), 5) for h in range(hosts)]
+    for step, batch in enumerate(whole):
+        joined = jax.tree.map(lambda *x: np.concatenate(x), *(part[step] for part in parts))
+        _assert_same(batch, joined)
+
+
+@pytest.mark.parametrize("threads, prefetch", [(0, 0), (1, 1), (3, 2), (8, 16)])
+def test_threads_do_not_change_the_stream(directory, threads, prefetch):
+    loader = Loader(directory, batch_size=4, seed=5, threads=threads, prefetch=prefetch)
+    for step, batch in enumerate(_take(loader, 12)):
+        _assert_same(batch, loader.host_batch(step, np.arange(4)))
+
+
+def test_resuming_twice_gives_the_uninterrupted_stream(directory):
+    whole = _take(Loader(directory, batch_size=8, seed=1), 20)
+    resumed = []
+    for start, stop in ((0, 7), (7, 13), (13, 20)):
+        resumed += _take(Loader(directory, batch_size=8, seed=1), stop - start, start)
+    for one, other in zip(whole, resumed, strict=True):
+        _assert_same(one, other)
+
+
+@pytest.mark.parametrize("batch_size", [6, 100])
+def test_epochs_are_complete(plain, batch_size):
+    loader = Loader(plain, batch_size=batch_size, seed=1)
+    stream = np.concatenate([_numbers(batch) for batch in _take(loader, -(-123 // batch_size))])
+    for epoch in range(3):
+        np.testing.assert_array_equal(np.sort(stream[41 * epoch :][:41]), np.arange(41))
+
+
+def test_bucketed_batches_have_the_shape_of_their_bucket(bucketed):
+    batches = _take(Loader(bucketed, batch_size=4, seed=1), 60)
+    assert {batch["latent"].shape[1:3] for batch in batches} == {(4, 4), (2, 8), (8, 2)}
+
+
+def test_another_batch_size_goes_on_where_the_run_stopped(plain):
+    loader = Loader(plain, batch_size=10, seed=1, earlier=((4, 6),))
+    stream = [_numbers(batch) for batch in _take(Loader(plain, batch_size=6, seed=1), 4)]
+    stream = np.concatenate(stream + [_numbers(batch) for batch in _take(loader, 4, start=4)])
+    np.testing.assert_array_equal(np.sort(stream[:41]), np.arange(41))
+
+
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_the_global_array_is_the_same_on_any_number_of_devices(directory, devices):
+    mesh = jax.make_mesh((devices,), ("data",), devices=jax.devices()[:devices])
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    loader = Loader(directory, batch_size=16, seed=2)
+    for host, device in zip(_take(loader, 4), _take(loader, 4, sharding=sharding), strict=True):
+        for leaf in jax.tree.leaves(device):
+            assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+            assert leaf.addressable_shards[-1].data.shape[0] == 16 // devices
+        _assert_same(host, jax.tree.map(np.asarray, device))
+
+
+def test_replicated_and_permuted_devices_get_the_right_rows(plain):
+    devices = np.array(jax.devices()).reshape(4, 2)[::-1]
+    sharding = NamedSharding(jax.sharding.Mesh(devices, ("data", "tensor")), PartitionSpec("data"))
+    loader = Loader(plain, batch_size=8, seed=2)
+    (host,), (device,) = _take(loader, 1), _take(loader, 1, sharding=sharding)
+    for shard in device["latent"].addressable_shards:
+        np.testing.assert_array_equal(shard.data, host["latent"][shard.index])
+    first = next(s for s in device["latent"].addressable_shards if s.device == jax.devices()[7])
+    np.testing.assert_array_equal(first.data, host["latent"][:2])
+
+
+def test_device_batches_outlive_the_ones_that_follow(plain):
+    """Batches may alias host memory, so that memory must never be written again."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    loader = Loader(plain, batch_size=8, seed=2)
+    kept = _take(loader, 20, sharding=sharding)
+    for step, batch in enumerate(kept):
+        np.testing.assert_array_equal(_numbers(batch), loader.sample_ids(step))
+
+
+def test_validation_is_read_in_order_with_exact_counts(plain):
+    loader = Loader(plain, split="validation", batch_size=1, seed=0)
+    assert loader.records == 7 and loader.counts == (7,)
+    ids = loader.bucket_ids(0)
+    np.testing.assert_array_equal(ids, np.arange(7))
+    batches = [loader.examples(part) for part in (ids[:4], ids[4:])]
+    np.testing.assert_array_equal(np.concatenate([_numbers(b) for b in batches]), 41 + ids)
+    for caption, stored in ((0, 0), (2, 2), (9, 2)):
+        text = loader.examples(ids[:3], caption=caption)["text"]["t5"]["sequence"]
+        np.testing.assert_array_equal(text[:, 0, 1], stored)
+    assert loader.record(6)["captions"][1] == "47 1"
+
+
+def test_bucket_ids_name_the_samples_of_a_bucket(bucketed):
+    loader = Loader(bucketed, batch_size=1, seed=0)
+    assert loader.counts == (29, 13, 3) and loader.records == 45
+    for bucket, numbers in enumerate(
+        ([*range(9), *range(15, 35)], [*range(9, 15), *range(38, 45)])
+    ):
+        np.testing.assert_array_equal(loader.bucket_ids(bucket), numbers)
+        np.testing.assert_array_equal(_numbers(loader.examples(numbers)), numbers)
+    with pytest.raises(ValueError, match=r"buckets \[0, 1\].*ids of one bucket"):
+        loader.examples([0, 9])
+
+
+@pytest.mark.parametrize("number", [-1, 41])
+def test_a_sample_outside_the_split_is_refused(plain, number):
+    with pytest.raises(ValueError, match=f"sample {number} does not exist, the split has 0 to 40"):
+        Loader(plain, batch_size=1, seed=0).examples([number])
+
+
+def test_only_the_text_encoders_of_the_config_are_read(plain):
+    expected = {"resolution": 32, "text_encoders": {"t5": {"length": 4}, "clip_l": {}}}
+    (batch,) = _take(Loader(plain, batch_size=2, seed=0, expected=expected), 1)
+    assert list(batch["text"]) == ["t5", "clip_l"]
+    (batch,) = _take(Loader(plain, batch_size=2, seed=0, expected={"text_encoders": {}}), 1)
+    assert batch["text"] == {}
+
+
+def test_settings_that_do_not_fit_the_data_set_are_refused(plain):
+    with pytest.raises(ValueError, match="resolution is 32 in the data set, 64 in the config"):
+        Loader(plain, batch_size=2, seed=0, expected={"resolution": 64})
+    with pytest.raises(ValueError, match="split 'test' has 0 records.*train, validation"):
+        Loader(plain, split="test", batch_size=2, seed=0)
+    with pytest.raises(ValueError, match="batch size 10 is not a multiple of 4 hosts"):
+        Loader(plain, batch_size=10, seed=0, process_index=0, process_count=4)
+
+
+@pytest.mark.parametrize("threads", [0, 3])
+def test_a_damaged_record_stops_with_shard_and_index(tmp_path, threads):
+    _build(tmp_path, [(0, 5), (0, 6)])
+    latent = Loader(tmp_path, batch_size=11, seed=0).record(5 + 2)["latent"]
+    path = tmp_path / "train-00001.arrayrecord"
+    content = bytearray(path.read_bytes())
+    content[content.index(latent.tobytes()) + 7] ^= 4  # one bit
+    path.write_bytes(content)
+    for sharding in (None, jax.sharding.SingleDeviceSharding(jax.devices()[0])):
+        batches = Loader(tmp_path, batch_size=11, seed=0, threads=threads).batches(0, sharding)
+        with pytest.raises(ValueError, match="train-00001.arrayrecord record 2 is damaged"):
+            next(batches)
+
+
+def test_a_truncated_shard_is_listed_before_the_first_batch(tmp_path):
+    _build(tmp_path, [(0, 5), (0, 6)])
+    path = tmp_path / "train-00001.arrayrecord"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="1 of 2 shards.*train-00001.arrayrecord [(]"):
+        Loader(tmp_path, batch_size=2, seed=0)
+
+
+@pytest.mark.parametrize(
+    "change, rule",
+    [
+        ({"text/t5/sequence": None}, "has no field 'text/t5/sequence'"),
+        ({"latent": None}, "has no field 'latent'"),
+        ({"caption_kinds": None}, "has no field 'caption_kinds'"),
+        ({"latent": np.zeros((4, 5, 2), np.float16)}, r"'latent' is float16\[4, 5, 2\], the oth"),
+        ({"latent": np.zeros((4, 4, 2), np.float32)}, r"'latent' is float32\[4, 4, 2\], the oth"),
+        ({"text/clip_l/pooled": None}, "'text/clip_l/pooled' is absent, the others"),
+        ({"caption_kinds": ["original"]}, "has 3 captions, caption_kinds has 1"),
+        ({"caption_kinds": []}, "has 3 captions, caption_kinds has 0"),
+    ],
+)
+def test_a_record_unlike_the_others_is_named(tmp_path, change, rule):
+    with ShardWriter(tmp_path, "a") as writer:
+        for number in range(4):
+            record = _record(number, 4, 4, 2, 3, TEXT, TOKENS) | (change if number == 3 else {})
+            writer.write({field: value for field, value in record.items() if value is not None})
+    encoders = {name: {} for name in TEXT}
+    Manifest({"train": (writer.shard,)}, (Bucket(32, 32),), {}, encoders, 32, "test").save(tmp_path)
+    with pytest.raises(ValueError, match=rule) as error:
+        Loader(tmp_path, batch_size=1, seed=0).examples([0, 1, 2, 3])
+    assert str(tmp_path / "a") + " record 3" in str(error.value)
+
+
+def test_a_billion_samples_start_at_once_and_open_nothing(tmp_path, monkeypatch):
+    _build(tmp_path, [(0, 1)])
+    manifest = Manifest.load(tmp_path)
+    shards = tuple(Shard(f"{n}.arrayrecord", n % 3, 100_000, 10**11, "") for n in range(10_000))
+    buckets = (Bucket(32, 32),) * 3
+    manifest = dataclasses.replace(manifest, splits={"train": shards}, buckets=buckets)
+    manifest.save(tmp_path)
+    monkeypatch.setattr(Manifest, "check_shards", lambda *_: None)
+    start = time.perf_counter()
+    loader = Loader(tmp_path, batch_size=4096, seed=0)
+    for step in (0, 1, 10**6, 10**9):
+        assert len(set(loader.sample_ids(step).tolist())) == 4096
+    assert time.perf_counter() - start < 2
+    assert loader.records == 10**9
+    with pytest.raises(ValueError, match="arrayrecord has 0 readable records"):
+        loader.record(999_999_999)
+
+
+_WORKER = """
+import sys
+import jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 4)
+port, process, directory = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+jax.distributed.initialize(f"localhost:{port}", 2, process, shutdown_timeout_seconds=10)
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from mmdit_jax.data.loader import Loader
+devices = np.array(jax.devices())
+# First each host holds one half, then every host holds all rows, then rows alternate between hosts.
+for mesh in (devices.reshape(8, 1), devices.reshape(2, 4).T, devices.reshape(2, 4).T.reshape(8, 1)):
+    sharding = NamedSharding(Mesh(mesh, ("data", "tensor")), PartitionSpec("data"))
+    loader = Loader(directory, batch_size=16, seed=2)
+    whole = Loader(directory, batch_size=16, seed=2, process_index=0, process_count=1)
+    for step, batch in zip(range(3), loader.batches(0, sharding)):
+        expected = whole.host_batch(step, np.arange(16))
+        for array, other in zip(jax.tree.leaves(batch), jax.tree.leaves(expected), strict=True):
+            assert array.shape == other.shape
+            for shard in array.addressable_shards:
+                np.testing.assert_array_equal(shard.data, other[shard.index])
+print("equal", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_build_the_same_global_arrays(plain):
+    root = Path(__file__).resolve().parents[2]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=root)
+    command = [sys.executable, "-c", _WORKER, port]
+    workers = [subprocess.Popen([*command, str(p), str(plain)], **pipes) for p in range(2)]
+    for worker in workers:
+        output, _ = worker.communicate(timeout=120)
+        assert worker.returncode == 0 and "equal" in output, output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_size", [16, 64])
+def test_full_size_records_are_read_at_900_per_second(tmp_path, batch_size):
+    """Records of 1 MB from a warm page cache; needs two idle cores."""
+    full = dict(sizes=((32, 32),), channels=32, captions=1, text=FULL_TEXT, tokens=77)
+    _build(tmp_path, [(0, 64)] * 4, **full)
+    batches = Loader(tmp_path, batch_size=batch_size, seed=0).batches()
+    rates = []
+    for _ in range(6):
+        start = time.perf_counter()
+        for _ in range(768 // batch_size):
+            next(batches)
+        rates.append(768 / (time.perf_counter() - start))
+    batches.close()
+    print(f"records/s at batch size {batch_size}: {', '.join(f'{rate:.0f}' for rate in rates)}")
+    # The first warms up. The best of the others, because other programs only make it slower.
+    if max(rates[1:]) < 900 and os.getloadavg()[0] > os.cpu_count() + 1:
+        pytest.skip(
+            f"the machine is busy: load {os.getloadavg()[0]:.1f}, {max(rates):.0f} records/s"
+        )
+    assert max(rates[1:]) >= 900

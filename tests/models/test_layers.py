@@ -1,0 +1,103 @@
+"""Embeddings, patches, positions: the numbers of the released models."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmdit_jax.models import layers
+
+
+def coordinates(table, features, axis):
+    """Reads a coordinate back: frequency 0 of an axis is sin(c), cos(c)."""
+    half = features // 2
+    part = table[:, :half] if axis == "column" else table[:, half:]
+    quarter = features // 4
+    slow = -1  # the slowest frequency never wraps here
+    angle = np.arctan2(part[:, quarter + slow], 1e-30)
+    del angle
+    frequency = 10000.0 ** (-(quarter - 1) / quarter)
+    return np.arctan2(part[:, quarter - 1], part[:, 2 * quarter - 1]) / frequency
+
+
+@pytest.mark.parametrize(
+    ("size", "native", "expected"),
+    [
+        (16, 16, np.arange(16.0)),  # 256 px: 0..15
+        (64, 64, np.arange(64) / 4),  # 1024 px: the centre of arange(192)/4 - 16, 0..15.75
+        (192, 64, np.arange(192) / 4 - 16),  # the whole SD3 table
+    ],
+)
+def test_position_coordinates_equal_the_paper(size, native, expected):
+    table = layers.position_embedding(1, size, 128, max_size=192, native=native)
+    np.testing.assert_allclose(coordinates(table, 128, "column"), expected, atol=2e-3)
+    table = layers.position_embedding(size, 1, 128, max_size=192, native=native)
+    np.testing.assert_allclose(coordinates(table, 128, "row"), expected, atol=2e-3)
+
+
+def test_position_crop_is_central_for_a_wide_picture():
+    """T34: rows and columns are cropped each on its own; row by row, column first in features."""
+    table = layers.position_embedding(4, 8, 64, max_size=12, native=8).reshape(4, 8, 64)
+    column = coordinates(table[0], 64, "column")
+    row = coordinates(table[:, 0], 64, "row")
+    np.testing.assert_allclose(column, np.arange(8) * 2.0, atol=1e-3)
+    np.testing.assert_allclose(row, (np.arange(4) + 2) * 2.0, atol=1e-3)
+    # The first half of the features does not know the row.
+    np.testing.assert_array_equal(table[0, :, :32], table[3, :, :32])
+    assert not np.array_equal(table[0, :, 32:], table[3, :, 32:])
+
+
+def test_position_embedding_literal():
+    table = layers.position_embedding(1, 2, 8, max_size=2, native=2)
+    # One row at coordinate 0.5 * 0 ... the grid of 2 positions spans 0 and 8.
+    x = np.array([0.0, 8.0])
+    w = np.array([1.0, 0.01])
+    expected = np.concatenate([np.sin(x[:, None] * w), np.cos(x[:, None] * w)], axis=1)
+    np.testing.assert_allclose(table[:, :4], expected, atol=1e-6)
+
+
+def test_timestep_features_are_cosines_then_sines_of_1000_t():
+    t = jnp.array([0.0, 0.0375, 1.0])
+    features = np.asarray(layers.timestep_features(t))
+    frequencies = np.exp(-np.log(10000.0) * np.arange(128) / 128)
+    angles = 1000.0 * np.array([0.0, 0.0375, 1.0])[:, None] * frequencies
+    assert features.shape == (3, 256) and features.dtype == np.float32
+    np.testing.assert_allclose(features[:, :128], np.cos(angles), atol=2e-4)
+    np.testing.assert_allclose(features[:, 128:], np.sin(angles), atol=2e-4)
+
+
+def test_timestep_features_tell_neighbouring_noise_levels_apart():
+    """T3: a thousand timesteps in bfloat16 are 507 values; here every one is its own."""
+    t = (jnp.arange(1000) + 1) / 1000
+    features = np.asarray(layers.timestep_features(t))
+    assert len(np.unique(features, axis=0)) == 1000
+
+
+def test_unpatchify_inverts_patchify_and_the_token_order_is_row_column_channel():
+    z = jax.random.normal(jax.random.key(0), (2, 4, 6, 3))
+    tokens = layers.patchify(z, 2)
+    assert tokens.shape == (2, 6, 12)
+    np.testing.assert_array_equal(layers.unpatchify(tokens, 2, 4, 6), z)
+    np.testing.assert_array_equal(tokens[0, 1].reshape(2, 2, 3), z[0, 0:2, 2:4])
+    np.testing.assert_array_equal(tokens[0, 3].reshape(2, 2, 3), z[0, 2:4, 0:2])
+
+
+def test_modulate_is_x_times_one_plus_scale_plus_shift():
+    x = jnp.ones((1, 2, 3))
+    out = layers.modulate(x, jnp.full((1, 3), 5.0), jnp.full((1, 3), 2.0))
+    np.testing.assert_array_equal(out, np.full((1, 2, 3), 8.0))
+
+
+def test_layer_norm_has_zero_mean_unit_variance_and_no_parameters():
+    x = 3 + 2 * jax.random.normal(jax.random.key(0), (2, 5, 64))
+    y = np.asarray(layers.layer_norm(x))
+    np.testing.assert_allclose(y.mean(-1), 0, atol=1e-5)
+    np.testing.assert_allclose(y.var(-1), 1, atol=1e-4)
+
+
+def test_linear_is_initialised_as_the_flat_matrix_of_dit():
+    layer = layers.Linear((3, 64), ("embed", "stack", "heads_out"))
+    kernel = layer.init(jax.random.key(0), jnp.zeros((1, 64)))["params"]["kernel"].value
+    bound = np.sqrt(6 / (64 + 192))
+    assert kernel.shape == (64, 3, 64)
+    assert 0.97 * bound < float(jnp.abs(kernel).max()) <= bound
