@@ -24,7 +24,7 @@ setup(
         "orbax-checkpoint>=0.12",
         "pillow>=11",
         "safetensors",
-        "tensorboardX",
+        "tensorboard",
         "tensorflow-datasets>=4.9.9",
         "tokenizers",
         "transformers>=5",

@@ -13,6 +13,7 @@ same as without the interruption.
 """
 
 import dataclasses
+import shlex
 import warnings
 
 from absl import flags
@@ -94,9 +95,10 @@ def train_command(settings: Settings) -> str:
     """The next command."""
     drawn = settings.source == "shapes"
     config = "configs/shapes.py" if drawn else f"configs/mmdit.py:resolution={settings.resolution}"
-    return (
-        f"python -m mmdit_jax.train --config={config} --workdir={settings.output}-run "
-        f"--config.data.path={settings.output}"
+    output = settings.output.rstrip("/")
+    return shlex.join(
+        ["python", "-m", "mmdit_jax.train", f"--config={config}", f"--workdir={output}-run"]
+        + [f"--config.data.path={output}"]
     )
 
 

@@ -1,6 +1,7 @@
 """Reading and decoding pictures, many at a time, in order."""
 
 import hashlib
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,6 +11,8 @@ import numpy as np
 
 from data_pipelines import images
 from data_pipelines.samples import Rejected, Sample, Source
+
+TOGETHER = 8  # pictures per task: handing over a small one costs as much as decoding it
 
 
 class Checked(NamedTuple):
@@ -93,14 +96,18 @@ class Pictures:
         return Picture(images.resize(image, crop, self._target), size, crop, sha256)
 
     def _in_order(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        def several(some: list[Any]) -> list[Any]:
+            return [function(item) for item in some]
+
+        remaining = iter(items)
         waiting: deque[Future] = deque()
         try:
-            for item in items:
-                waiting.append(self._pool.submit(function, item))
-                if len(waiting) >= self._window:
-                    yield waiting.popleft().result()
+            while some := list(itertools.islice(remaining, TOGETHER)):
+                waiting.append(self._pool.submit(several, some))
+                if len(waiting) * TOGETHER >= self._window:
+                    yield from waiting.popleft().result()
             while waiting:
-                yield waiting.popleft().result()
+                yield from waiting.popleft().result()
         finally:
             for future in waiting:
                 future.cancel()

@@ -20,7 +20,7 @@ from data_pipelines.captions import (
 from data_pipelines.check import Splits, check
 from data_pipelines.encode import CODE_VERSION, Encoded, encode_samples, encoding_identity
 from data_pipelines.latents import STATISTICS_PICTURES, Autoencoder, open_autoencoder
-from data_pipelines.pictures import Checked, Picture, Pictures
+from data_pipelines.pictures import TOGETHER, Checked, Picture, Pictures
 from data_pipelines.progress import Progress
 from data_pipelines.samples import Dropped, Options
 from data_pipelines.settings import Settings
@@ -69,7 +69,7 @@ def _build(settings: Settings, output: Output) -> Manifest:
             target=(settings.resolution, settings.resolution),
             min_size=settings.smallest(),
             # Enough under way to keep the threads busy while a batch is encoded.
-            window=settings.batch_size + 2 * workers,
+            window=settings.batch_size + 2 * TOGETHER * workers,
         )
         splits = check(source, pictures, options, output.note_path("checked"))
         _refuse_nothing(splits, settings, output)

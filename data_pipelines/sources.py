@@ -45,7 +45,8 @@ class Shapes:
         split, index = sample.name.split("/")
         picture = shapes.draw(self._scene(split, int(index)), self._resolution)
         file = io.BytesIO()
-        Image.fromarray(picture).save(file, "PNG", compress_level=1)
+        # Not compressed: these bytes are read right back and never stored.
+        Image.fromarray(picture).save(file, "PNG", compress_level=0)
         return file.getvalue()
 
 

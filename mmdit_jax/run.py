@@ -22,7 +22,7 @@ from mmdit_jax.data.loader import Loader
 from mmdit_jax.data.manifest import Manifest
 from mmdit_jax.encoders import pixels
 from mmdit_jax.encoders.conditioning import assemble, drop_mask
-from mmdit_jax.encoders.text import encode, load_text_encoders
+from mmdit_jax.encoders.text import encode, load_text_encoders, require_recorded
 from mmdit_jax.evaluation.sampling import Sampler, SampleSettings
 from mmdit_jax.evaluation.validation import Validation
 from mmdit_jax.flow import formulation as formulation_lib
@@ -150,13 +150,7 @@ def make_text_encoder(
         )
         lengths[name] = int(about["length"])
     encoders = load_text_encoders(folders, lengths)
-    for name, encoder in encoders.items():
-        wanted = manifest.text_encoders[name]["hash"]
-        if encoder.hash != wanted:
-            raise ValueError(
-                f"text encoder {folders[name]} has the weights {encoder.hash[:12]}, the data set "
-                f"was made with {wanted[:12]}; give the folder of those with --encoders"
-            )
+    require_recorded(encoders, manifest.text_encoders)
     return functools.partial(encode, encoders)
 
 

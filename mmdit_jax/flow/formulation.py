@@ -66,9 +66,8 @@ class Formulation(NamedTuple):
 
     def loss(self, output: Array, x0: Array, eps: Array, z: Array, t: Array) -> Array:
         """The training loss of each sample, (B,), a mean over the other axes."""
-        del (
-            z
-        )  # the weighted loss is stated with eps_Theta(z, t), but the z of its two terms cancels
+        # L_w is stated with eps_Theta(z, t); in its error against eps, z cancels.
+        del z
         target = self.target(x0, eps, t)
         if self.weight is None:
             return losses.plain_loss(output, target)
@@ -112,10 +111,12 @@ def make(
         ValueError: an unknown name (the known ones are listed) or a number outside its range.
     """
     lookup(PREDICTIONS, prediction, what="prediction")
-    return Formulation(
+    flow = Formulation(
         path=select(PATHS, path, what="path"),
         prediction=prediction,
         timesteps=select(TIMESTEPS, timesteps, what="timesteps"),
         train_shift=shift_alpha(shift),
         weight=None if weight == "plain" else select(losses.WEIGHTS, weight, what="loss weight"),
     )
+    _ = flow.t_range  # computed here, once, and not while a training step is traced
+    return flow

@@ -18,6 +18,7 @@ velocity that the sampler needs, is a linear form again. With `det = a c_e - b c
 with sd = 0.5 and r = sqrt(b^2 + a^2 sd^2). Only eps at a = 0 and x0 at b = 0 cannot be inverted.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -98,6 +99,7 @@ def determinant(path: Path, prediction: str, t: Array) -> Array:
     return path.a(t) * c_e - path.b(t) * c_x
 
 
+@functools.lru_cache(maxsize=128)  # so that only the first call touches a device
 def t_range(path: Path, prediction: str) -> tuple[float, float]:
     """[t_min, t_max] on which the prediction can be inverted.
 

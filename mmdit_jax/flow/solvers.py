@@ -36,7 +36,10 @@ def euler(velocity_fn: VelocityFn, path: Path | None, z: Array, t: Array, t_next
 
 
 def heun(velocity_fn: VelocityFn, path: Path | None, z: Array, t: Array, t_next: Array) -> Array:
-    """Second order, two evaluations a step (Karras 2022, Alg. 1), also in the last step."""
+    """Second order, two evaluations a step (Karras 2022, Alg. 1), also in the last step.
+
+    Where eps is predicted on a path that ends in a = 0 the first step is stiff; use `ddim` there.
+    """
     dt = per_sample(t_next - t, z)
     slope = velocity_fn(z, t)
     slope_next = velocity_fn(z + dt * slope, t_next)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from absl import logging
-from tensorboardX import SummaryWriter
+from tensorboard.summary import Writer
 
 from mmdit_jax.training.step import T_BINS
 
@@ -24,9 +24,7 @@ class MetricWriter:
             path = os.path.join(workdir, "metrics.jsonl")
             _drop_after(path, start_step)
             self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
-            self._board = SummaryWriter(
-                os.path.join(workdir, "tensorboard"), purge_step=start_step + 1
-            )
+            self._board = Writer(os.path.join(workdir, "tensorboard"))
 
     def write(self, step: int, samples: int, scalars: Mapping[str, float]) -> None:
         """One line: step, samples, time, then the scalars."""

@@ -77,7 +77,10 @@ def draw(
         x0=sharding.constrain(x0, "batch", None, None, None),
         eps=sharding.constrain(eps, "batch", None, None, None),
         t=sharding.constrain(formulation.sample_t(key(Purpose.TIMESTEP), (batch_size,)), "batch"),
-        keep=conditioning.drop_mask(key(Purpose.TEXT_DROPOUT), batch_size),
+        keep=jax.tree.map(
+            lambda keep_B: sharding.constrain(keep_B, "batch"),
+            conditioning.drop_mask(key(Purpose.TEXT_DROPOUT), batch_size),
+        ),
     )
 
 
@@ -168,9 +171,9 @@ def make_train_step(
                 ema_params, params, step, decay=config.ema.decay, every=config.ema.every
             )
         metrics |= {
-            "grad_norm": optax.global_norm(grads),
-            "param_norm": optax.global_norm(params),
-            "update_norm": optax.global_norm(updates),
+            "grad_norm": optax.tree.norm(grads),
+            "param_norm": optax.tree.norm(params),
+            "update_norm": optax.tree.norm(updates),
         }
         return TrainState(step, params, ema_params, opt_state), metrics
 

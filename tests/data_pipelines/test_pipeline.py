@@ -8,77 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines import check, encode, pipeline, write
+from data_pipelines import encode, pipeline
 from data_pipelines.latents import Pixels
-from data_pipelines.random_encoders import make_random_encoders
-from data_pipelines.settings import Settings
-from mmdit_jax.data.manifest import Manifest
-from mmdit_jax.data.records import ShardReader, ShardWriter, decode_record
+from data_pipelines.pictures import Picture
+from data_pipelines.samples import Caption, Sample
+from mmdit_jax.data import shapes
 from mmdit_jax.encoders import pixels, text
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-WIDTHS = {"clip_l": 16, "clip_g": 16, "t5": 16}
-CAPTIONS = ["a red circle left of a blue square", "two green triangles in yellow and cyan"]
-
-
-@pytest.fixture(scope="session")
-def encoder_folders(tmp_path_factory):
-    return make_random_encoders(tmp_path_factory.mktemp("encoders"), CAPTIONS, widths=WIDTHS)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def loaded_once():
-    """Compiling the encoders takes longer than every build here: load each set once."""
-    load = functools.cache(
-        lambda paths, lengths, dtype, batch_size: text_load(
-            dict(paths), dict(lengths), dtype=dtype, batch_size=batch_size
-        )
-    )
-    text_load = text.load_text_encoders
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            text,
-            "load_text_encoders",
-            lambda paths, lengths, *, dtype, batch_size: load(
-                tuple(paths.items()), tuple(lengths.items()), dtype, batch_size
-            ),
-        )
-        yield
-
-
-@pytest.fixture
-def settings(tmp_path, encoder_folders):
-    return functools.partial(
-        Settings,
-        output=str(tmp_path / "out"),
-        resolution=16,
-        text_length=8,
-        batch_size=4,
-        workers=2,
-        **encoder_folders,
-    )
-
-
-@pytest.fixture
-def images(tmp_path):
-    """A folder with good and bad pictures; the caption of a good one is its colour."""
-    folder = tmp_path / "images"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for number in range(12):
-        picture = rng.integers(0, 256, (20 + number, 24, 3), np.uint8)
-        Image.fromarray(picture).save(folder / f"{number:02d}.png")
-        (folder / f"{number:02d}.txt").write_text(f"a {'red green blue'.split()[number % 3]} one")
-    (folder / "corrupt.png").write_bytes(b"nothing")
-    whole = (folder / "03.png").read_bytes()
-    (folder / "cut off.png").write_bytes(whole[: len(whole) // 2])
-    Image.new("RGB", (7, 100)).save(folder / "tiny.png")
-    for name in ("corrupt", "cut off", "tiny"):
-        (folder / f"{name}.txt").write_text("bad")
-    Image.new("RGB", (20, 20)).save(folder / "alone.png")
-    return folder
-
 
 BAD = {
     "alone.png": "no_caption",
@@ -88,40 +25,11 @@ BAD = {
 }
 
 
-def records(directory, split="train"):
-    manifest = Manifest.load(directory)
-    shards = manifest.splits[split]
-    reader = ShardReader(directory, shards, len(shards) + 1)
-    return [
-        decode_record(reader.read(number, index))
-        for number, shard in enumerate(shards)
-        for index in range(shard.records)
-    ]
-
-
-def tree(directory):
-    """Every file of a data set, by name."""
-    files = {}
-    for root, _, names in os.walk(directory):
-        for name in names:
-            path = os.path.join(root, name)
-            with open(path, "rb") as file:
-                files[os.path.relpath(path, directory)] = file.read()
-    return files
-
-
-def dropped(directory):
-    with open(os.path.join(directory, "report.jsonl")) as file:
-        return {entry["file"]: entry["reason"] for entry in map(json.loads, file)}
-
-
-def test_shapes_keep_every_picture_caption_and_ground_truth(settings):
+def test_shapes_keep_every_picture_caption_and_ground_truth(settings, records):
     asked = settings(source="shapes", count=10, validation_count=3, records_per_shard=4)
     manifest = pipeline.build(asked)
     assert [shard.records for shard in manifest.splits["train"]] == [4, 4, 2]
     assert [shard.records for shard in manifest.splits["validation"]] == [3]
-    from mmdit_jax.data import shapes
-
     for split, scene_of in (("train", shapes.train_scene), ("validation", shapes.validation_scene)):
         for index, record in enumerate(records(asked.output, split)):
             scene = scene_of(0, index)
@@ -135,7 +43,7 @@ def test_shapes_keep_every_picture_caption_and_ground_truth(settings):
             assert record["crop"].tolist() == [0, 0, 16, 16]
 
 
-def test_text_outputs_are_those_of_the_encoders(settings):
+def test_text_outputs_are_those_of_the_encoders(settings, records):
     asked = settings(source="shapes", count=6)
     pipeline.build(asked)
     encoders = text.load_text_encoders(
@@ -155,7 +63,7 @@ def test_text_outputs_are_those_of_the_encoders(settings):
                 np.testing.assert_allclose(stored, wanted, rtol=2e-3, atol=2e-3)
 
 
-def test_pixel_latents_have_mean_zero_and_deviation_one(settings):
+def test_pixel_latents_have_mean_zero_and_deviation_one(settings, records):
     asked = settings(source="shapes", count=40)
     manifest = pipeline.build(asked)
     latents = np.stack([record["latent"] for record in records(asked.output)]).astype(np.float64)
@@ -165,7 +73,7 @@ def test_pixel_latents_have_mean_zero_and_deviation_one(settings):
     np.testing.assert_array_equal(decoded_BHWC, pixels.depth_to_space(latents, 1))
 
 
-def test_a_folder_keeps_the_good_pictures_and_names_the_others(settings, images):
+def test_a_folder_keeps_the_good_pictures_and_names_the_others(settings, images, records, dropped):
     asked = settings(source=f"folder:{images}", validation_count=2)
     manifest = pipeline.build(asked)
     assert dropped(asked.output) == BAD
@@ -199,170 +107,7 @@ def test_an_output_inside_the_source_is_not_a_part_of_it(settings, images):
         assert json.load(file)["ignored_files"] == {}
 
 
-def test_two_builds_are_byte_identical(settings, images, tmp_path):
-    for name, workers in (("out", 1), ("again", 3)):
-        output = str(tmp_path / name)
-        pipeline.build(settings(source=f"folder:{images}", output=output, workers=workers))
-    assert tree(tmp_path / "out") == tree(tmp_path / "again")
-
-
-def interrupt(*_, **__):
-    raise KeyboardInterrupt
-
-
-def after(calls, function):
-    """Lets a function work `calls` times and interrupts it then."""
-    left = iter(range(calls))
-
-    def counted(*arguments, **keywords):
-        if next(left, None) is None:
-            raise KeyboardInterrupt
-        return function(*arguments, **keywords)
-
-    return counted
-
-
-INTERRUPTIONS = {
-    "while checking": (check, "write_json", interrupt),
-    "before the first shard": (pipeline, "_write_shard", interrupt),
-    "in the second shard": (encode, "make_record", after(6, encode.make_record)),
-    "between shard and note": (
-        write.Output,
-        "write_shard_note",
-        after(1, write.Output.write_shard_note),
-    ),
-    "before the validation split": (pipeline, "_write_shard", after(3, pipeline._write_shard)),
-    "before the report": (pipeline, "_report", interrupt),
-    "before the manifest": (write.Output, "save_manifest", interrupt),
-}
-
-
-@pytest.mark.parametrize("moment", INTERRUPTIONS)
-def test_an_interrupted_build_ends_like_an_uninterrupted_one(
-    moment, settings, images, tmp_path, monkeypatch
-):
-    ask = functools.partial(
-        settings, source=f"folder:{images}", records_per_shard=4, validation_count=2
-    )
-    pipeline.build(ask(output=str(tmp_path / "whole")))
-    with monkeypatch.context() as patch:
-        patch.setattr(*INTERRUPTIONS[moment])
-        with pytest.raises(KeyboardInterrupt):
-            pipeline.build(ask())
-    assert not (tmp_path / "out" / "manifest.json").exists()
-    # What a process that is killed leaves behind, and one that is interrupted does not.
-    (tmp_path / "out" / "train-00001.arrayrecord.partial").write_bytes(b"half a shard")
-    pipeline.build(ask())
-    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
-    keys = [record["key"] for record in records(ask().output)]
-    assert len(keys) == len(set(keys)) == 10
-
-
-def test_finished_shards_are_not_made_again(settings, images, monkeypatch):
-    ask = functools.partial(settings, source=f"folder:{images}", records_per_shard=4)
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_write_shard", after(2, pipeline._write_shard))
-        with pytest.raises(KeyboardInterrupt):
-            pipeline.build(ask())
-    made = []
-    monkeypatch.setattr(
-        pipeline, "ShardWriter", lambda path, file: made.append(file) or ShardWriter(path, file)
-    )
-    monkeypatch.setattr(check.Pictures, "checked", None)  # nor are the pictures looked at again
-    pipeline.build(ask())
-    assert made == ["train-00002.arrayrecord", "validation-00000.arrayrecord"]
-
-
-KILLED = """
-import os, signal, sys
-from data_pipelines import pipeline, settings
-from mmdit_jax.data import records
-
-close = records.ShardWriter.close
-def die_at_the_second(writer):
-    if "00001" in str(writer._path):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return close(writer)
-records.ShardWriter.close = die_at_the_second
-pipeline.build(settings.Settings(**eval(sys.argv[1])))
-"""
-
-
-def test_a_killed_process_is_resumed_without_loss_or_repetition(settings, tmp_path):
-    ask = functools.partial(settings, source="shapes", count=10, records_per_shard=4)
-    arguments = {**vars(ask())}
-    done = subprocess.run([sys.executable, "-c", KILLED, repr(arguments)], check=False)
-    assert done.returncode == -9
-    left = os.listdir(tmp_path / "out")
-    assert "train-00000.arrayrecord" in left and "train-00001.arrayrecord.partial" in left
-    pipeline.build(ask())
-    pipeline.build(ask(output=str(tmp_path / "whole")))
-    killed, whole = tree(tmp_path / "out"), tree(tmp_path / "whole")
-    assert killed.keys() == whole.keys()
-    # The networks ran in two processes: compare what they computed, not how it was compiled.
-    for ours, theirs in zip(records(tmp_path / "out"), records(tmp_path / "whole"), strict=True):
-        assert ours["key"] == theirs["key"]
-        np.testing.assert_array_equal(ours["latent"], theirs["latent"])
-
-
-def test_a_finished_build_is_left_alone(settings, capsys):
-    asked = settings(source="shapes", count=4)
-    pipeline.build(asked)
-    before = {
-        path: os.stat(os.path.join(asked.output, path)).st_mtime_ns for path in ["manifest.json"]
-    }
-    assert pipeline.build(asked) == Manifest.load(asked.output)
-    assert "is finished" in capsys.readouterr().out
-    assert before == {p: os.stat(os.path.join(asked.output, p)).st_mtime_ns for p in before}
-
-
-def test_other_arguments_are_refused_by_name_unless_overwriting(settings):
-    pipeline.build(settings(source="shapes", count=4))
-    for change in ({"count": 5}, {"resolution": 32}, {"text_length": 9}, {"seed": 1}):
-        ((name, value),) = change.items()
-        with pytest.raises(ValueError, match=f"--{name}={value} differs from"):
-            pipeline.build(settings(**{"source": "shapes", "count": 4, **change}))
-    manifest = pipeline.build(settings(source="shapes", count=5, overwrite=True))
-    assert manifest.splits["train"][0].records == 5
-
-
-def test_a_mistake_before_any_work_does_not_occupy_the_folder(settings, images):
-    with pytest.raises(ValueError, match="no usable picture .too_small"):
-        pipeline.build(settings(source=f"folder:{images}", min_size=500))
-    assert set(dropped(settings(source="").output)) == {path.name for path in images.glob("*.png")}
-    pipeline.build(settings(source=f"folder:{images}"))
-
-
-def test_a_source_that_changes_during_the_build_is_noticed(settings, images, monkeypatch):
-    asked = settings(source=f"folder:{images}", records_per_shard=4)
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_write_shard", after(1, pipeline._write_shard))
-        with pytest.raises(KeyboardInterrupt):
-            pipeline.build(asked)
-    (images / "00.txt").write_text("another caption")
-    with pytest.raises(ValueError, match="other files or captions than when"):
-        pipeline.build(asked)
-    (images / "00.txt").write_text("a red one")
-    data = bytearray((images / "11.png").read_bytes())
-    data[-1] ^= 1  # of the same size, so that the listing is the same
-    (images / "11.png").write_bytes(data)
-    with pytest.raises(ValueError, match="11.png changed while the data set was being built"):
-        pipeline.build(asked)
-
-
-def test_networks_that_change_during_the_build_are_noticed(settings, monkeypatch):
-    asked = settings(source="shapes", count=6, records_per_shard=4)
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_write_shard", after(1, pipeline._write_shard))
-        with pytest.raises(KeyboardInterrupt):
-            pipeline.build(asked)
-    describe = text.describe
-    monkeypatch.setattr(text, "describe", lambda encoder: {**describe(encoder), "hash": "other"})
-    with pytest.raises(ValueError, match="networks .* differs from .* the run before"):
-        pipeline.build(asked)
-
-
-def test_copies_of_one_file_never_stand_on_both_sides(settings, images):
+def test_copies_of_one_file_never_stand_on_both_sides(settings, images, records):
     for number in range(12):
         for copy in range(3):
             name = f"copy{copy} of {number:02d}"
@@ -379,7 +124,7 @@ def test_copies_of_one_file_never_stand_on_both_sides(settings, images):
         assert json.load(file)["exact_duplicates"] == 36
 
 
-def test_a_latent_that_is_not_finite_is_dropped_and_reported(settings, monkeypatch):
+def test_a_latent_that_is_not_finite_is_dropped_and_reported(settings, monkeypatch, dropped):
     def broken(self, pictures_BHWC):
         latents = pictures_BHWC.astype(np.float32)
         latents[0, 0, 0, 0] = np.nan
@@ -402,7 +147,9 @@ def test_a_build_that_keeps_nothing_leaves_no_manifest(settings, monkeypatch):
     assert not os.path.exists(os.path.join(asked.output, "manifest.json"))
 
 
-def test_the_result_does_not_depend_on_how_captions_are_kept(settings, monkeypatch, tmp_path):
+def test_the_result_does_not_depend_on_how_captions_are_kept(
+    settings, monkeypatch, tmp_path, records
+):
     ask = functools.partial(settings, source="shapes", count=30, records_per_shard=10)
     pipeline.build(ask())
     monkeypatch.setattr(pipeline, "TABLE_BYTES", 0)  # one table per shard
@@ -414,9 +161,6 @@ def test_the_result_does_not_depend_on_how_captions_are_kept(settings, monkeypat
 
 
 def test_a_content_key_changes_with_everything_that_decides_the_record():
-    from data_pipelines.pictures import Picture
-    from data_pipelines.samples import Caption, Sample
-
     sample = Sample("a.png", (Caption("a", "original"),))
     picture = Picture(np.zeros((16, 16, 3), np.uint8), (20, 24), (0, 2, 20, 20), "hash")
     autoencoder = {"hash": "pixels"}
@@ -489,23 +233,6 @@ def test_mistakes_are_named_with_their_remedy(settings, change, message):
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
         pipeline.build(asked)
     assert message in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_a_folder_with_other_files_is_never_written_into(settings, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.txt").write_text("years of work")
-    for overwrite in (False, True):
-        with pytest.raises(ValueError, match="holds files that no build made"):
-            pipeline.build(settings(source="shapes", count=4, overwrite=overwrite))
-    assert os.listdir(tmp_path / "out") == ["thesis.txt"]
-
-
-def test_two_builds_cannot_write_into_one_folder(settings):
-    asked = settings(source="shapes", count=4)
-    with write.Output(asked.output, asked.arguments(), overwrite=False):
-        with pytest.raises(ValueError, match="is being written by another build"):
-            pipeline.build(asked)
-    pipeline.build(asked)
 
 
 def test_the_command_ends_with_the_next_command_or_with_one_line_and_exit_code_2(

@@ -168,3 +168,9 @@ def test_a_bfloat16_network_is_mixed_in_float32():
 def test_an_unknown_prediction_lists_the_known_ones():
     with pytest.raises(ValueError, match="'epsilon' is unknown: choose one of F, eps, v, velocity"):
         convert(PATHS["rf"](), "epsilon", "epsilon", jnp.asarray(EPS), jnp.asarray(X0), T)
+
+
+def test_conversion_compiles_with_a_path_made_inside():
+    converted = jax.jit(lambda *arrays: convert(PATHS["rf"](), "eps", "x0", *arrays))(EPS, X0, T)
+    t = T[:, None, None]
+    np.testing.assert_allclose(converted, (X0 - t * EPS) / (1 - t), rtol=1e-4, atol=1e-4)

@@ -86,11 +86,13 @@ def test_the_extreme_uniform_numbers_stay_inside():
             return jnp.broadcast_to(bits, shape)
 
         with mock.patch.object(jax.random, "bits", constant):
-            return [law(setting, 8.0).sample(jax.random.key(0), (2,)) for setting in SETTINGS]
+            u = timesteps.open_uniform(jax.random.key(0), (2,))
+            return u, [law(setting, 8.0).sample(jax.random.key(0), (2,)) for setting in SETTINGS]
 
-    for bits in (0, 2**32 - 1):
-        t = np.array(draw(jnp.uint32(bits)))
-        assert (t > 0).all() and (t < 1).all()
+    for bits, extreme in ((0, 2.0**-24), (2**32 - 1, 1 - 2.0**-24)):
+        u, t = draw(jnp.uint32(bits))
+        assert (u == extreme).all()
+        assert (np.array(t) > 0).all() and (np.array(t) < 1).all()
 
 
 def test_a_sigmoid_that_rounds_to_1_stays_inside():

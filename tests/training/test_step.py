@@ -1,0 +1,256 @@
+"""The training step: the same numbers on any mesh, accumulation, bins, what is drawn per sample."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mmdit_jax import config as config_lib
+from mmdit_jax import run, sharding
+from mmdit_jax.data import latents
+from mmdit_jax.training import state as state_lib
+from mmdit_jax.training import step as step_lib
+
+AUTOENCODER = {"kind": "moments", "shift": 0.1, "scale": 1.5}
+
+
+def tiny_config(**changes):
+    config = config_lib.default(depth=2, resolution=32, text_length=3)
+    config.steps, config.batch_size = 10, 16
+    config.data.text_encoders.clip_l.update(width=8, pooled_width=8)
+    config.data.text_encoders.clip_g.update(width=8, pooled_width=8)
+    config.data.text_encoders.t5.update(width=24)
+    config.model.update(channels=4, context_width=24)
+    config.optimizer.update(learning_rate=1e-3, warmup=0, eps=1e-8)
+    config.ema.update(decay=0.9, every=1)
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def batch(size=16, seed=0):
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape):
+        return rng.normal(size=shape).astype(np.float16)
+
+    return {
+        "latent": normal(size, 4, 4, 8),
+        "text": {
+            "clip_l": {"sequence": normal(size, 3, 8), "pooled": normal(size, 8)},
+            "clip_g": {"sequence": normal(size, 3, 8), "pooled": normal(size, 8)},
+            "t5": {"sequence": normal(size, 3, 24)},
+        },
+    }
+
+
+@functools.cache
+def trained(steps=2, devices=1, mesh=(), changes=()):
+    """State and metrics after some steps; params are randomised so that adaLN-zero hides nothing."""
+    config = tiny_config(**dict(changes))
+    parts = run.build(config)
+    made = sharding.make_mesh(**dict(mesh), devices=jax.devices()[:devices])
+    optimizer, plan = run.plan(parts, made)
+    state = state_lib.init_state(config, optimizer, plan)
+    state = state.replace(
+        params=jax.tree.map(
+            lambda x: jax.device_put(
+                np.asarray(x) + 0.02 * np.random.default_rng(x.size).normal(size=x.shape), x.sharding
+            ).astype(jnp.float32),
+            state.params,
+        )
+    )
+    step = step_lib.jit_train_step(
+        step_lib.make_train_step(
+            config,
+            model=parts.model,
+            formulation=parts.formulation,
+            optimizer=optimizer,
+            conditioning=parts.conditioning,
+            autoencoder=AUTOENCODER,
+        ),
+        plan.shardings,
+        made,
+    )
+    rows = []
+    for i in range(steps):
+        placed = jax.tree.map(
+            lambda x: jax.device_put(x, sharding.batch_sharding(made)), batch(seed=i)
+        )
+        state, metrics = step(state, placed)
+        rows.append(jax.device_get(metrics))
+    return jax.device_get(state), rows
+
+
+MESHES = {
+    "fsdp8": (("data", 1), ("fsdp", 8)),
+    "data2_fsdp2_tensor2": (("data", 2), ("fsdp", 2), ("tensor", 2)),
+    "fsdp4_context2": (("data", 1), ("fsdp", 4), ("context", 2)),
+}
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_losses_on_eight_devices_equal_those_on_one(name):
+    _, one = trained()
+    _, eight = trained(devices=8, mesh=MESHES[name])
+    for a, b in zip(one, eight, strict=True):
+        np.testing.assert_allclose(b["loss"], a["loss"], rtol=1e-5)
+        np.testing.assert_allclose(b["grad_norm"], a["grad_norm"], rtol=1e-4)
+        np.testing.assert_array_equal(b["bin_count"], a["bin_count"])
+
+
+def test_two_devices_equal_one():
+    _, one = trained()
+    _, two = trained(devices=2, mesh=(("data", 2),))
+    np.testing.assert_allclose(two[1]["loss"], one[1]["loss"], rtol=1e-5)
+
+
+def test_accumulated_micro_batches_equal_the_full_batch():
+    full_state, full = trained()
+    state, rows = trained(changes=(("ema.decay", 0.0), ("optimizer.accumulate", 4)))
+    for a, b in zip(full, rows, strict=True):
+        np.testing.assert_allclose(b["loss"], a["loss"], rtol=1e-5)
+        np.testing.assert_allclose(b["bin_loss"], a["bin_loss"], rtol=1e-4)
+        np.testing.assert_array_equal(b["bin_count"], a["bin_count"])
+        np.testing.assert_allclose(b["grad_norm"], a["grad_norm"], rtol=1e-4)
+    # Adam's first steps are sign-like: where a gradient is rounding noise, the update is +-lr.
+    moments = [
+        jax.tree.leaves(jax.tree.map(np.asarray, s.opt_state)) for s in (full_state, state)
+    ]
+    for a, b in zip(*moments, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_bins_of_t_partition_the_loss():
+    _, rows = trained()
+    for row in rows:
+        assert row["bin_count"].sum() == 16
+        np.testing.assert_allclose(row["bin_loss"].sum() / 16, row["loss"], rtol=1e-5)
+
+
+def test_the_last_step_decides_what_is_drawn_not_the_mesh():
+    """T12: t, noise, dropout and latents per sample, bit for bit, on 1, 2 and 8 devices."""
+    parts = run.build(tiny_config())
+
+    def draw(placed):
+        return step_lib.draw(
+            placed,
+            jnp.int32(7),
+            seed=3,
+            formulation=parts.formulation,
+            conditioning=parts.conditioning,
+            autoencoder=AUTOENCODER,
+        )
+
+    drawn = []
+    for devices in (1, 2, 8):
+        mesh = sharding.make_mesh(devices=jax.devices()[:devices])
+        placed = jax.tree.map(
+            lambda x, mesh=mesh: jax.device_put(x, sharding.batch_sharding(mesh)), batch()
+        )
+        with jax.set_mesh(mesh):
+            drawn.append(jax.device_get(jax.jit(draw)(placed)))
+    for other in drawn[1:]:
+        for a, b in zip(jax.tree.leaves(drawn[0]), jax.tree.leaves(other), strict=True):
+            np.testing.assert_array_equal(a, b)
+    first = drawn[0]
+    assert len(np.unique(first.t)) == 16  # no two samples share t
+    assert abs(np.corrcoef(first.eps[0].ravel(), first.eps[1].ravel())[0, 1]) < 0.5
+
+
+def test_t_given_to_the_network_is_the_t_of_the_noise_also_in_bfloat16():
+    """T3: with bfloat16 compute, the network's t is bit for bit the t that made z."""
+    config = tiny_config(**{"model.dtype": "bfloat16"})
+    parts = run.build(config)
+    seen = {}
+
+    class Spy:
+        def apply(self, variables, z, t, context, pooled, mutable=()):
+            jax.debug.callback(lambda z, t: seen.update(z=z, t=t), z, t)
+            return jnp.zeros_like(z) * variables["params"]["w"], {}
+
+    step = step_lib.make_train_step(
+        config,
+        model=Spy(),
+        formulation=parts.formulation,
+        optimizer=optax.sgd(1.0),
+        conditioning=parts.conditioning,
+        autoencoder=AUTOENCODER,
+    )
+    params = {"w": jnp.float32(1)}
+    state = state_lib.TrainState(jnp.int32(0), params, None, optax.sgd(1.0).init(params))
+    jax.jit(step)(state, batch())
+    drawn = step_lib.draw(
+        batch(),
+        jnp.int32(0),
+        seed=config.seed,
+        formulation=parts.formulation,
+        conditioning=parts.conditioning,
+        autoencoder=AUTOENCODER,
+    )
+    assert seen["t"].dtype == jnp.float32 and seen["z"].dtype == jnp.float32
+    np.testing.assert_allclose(seen["t"], drawn.t, rtol=1e-6)
+    # bfloat16 would be off by up to 4e-3 in t.
+    t = seen["t"][:, None, None, None]
+    np.testing.assert_allclose(seen["z"], (1 - t) * drawn.x0 + t * drawn.eps, atol=2e-6)
+
+
+def test_first_loss_is_two_for_unit_variance_latents():
+    """paper.md 10.9: zero-initialised head, E |eps - x0|^2 = 2 per element."""
+    config = tiny_config()
+    parts = run.build(config)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    optimizer, plan = run.plan(parts, mesh)
+    state = state_lib.init_state(config, optimizer, plan)
+    step = step_lib.make_train_step(
+        config,
+        model=parts.model,
+        formulation=parts.formulation,
+        optimizer=optimizer,
+        conditioning=parts.conditioning,
+        autoencoder={"kind": "mean", "shift": 0.0, "scale": 1.0},
+    )
+    big = batch(512)
+    big["latent"] = np.random.default_rng(0).normal(size=(512, 4, 4, 4)).astype(np.float32)
+    _, metrics = jax.jit(step)(state, big)
+    assert float(metrics["loss"]) == pytest.approx(2.0, rel=0.03)
+
+
+def test_attention_logits_are_logged_on_request_only():
+    _, rows = trained()
+    assert "max_attention_logit" not in rows[0]
+    changes = (("log.attention_logits", True), ("optimizer.accumulate", 2))
+    _, rows = trained(steps=1, changes=changes)
+    assert 0 < rows[0]["max_attention_logit"] <= 8.001
+
+
+def test_ema_is_updated_and_switched_off_by_zero():
+    state, _ = trained()
+    moved = [
+        not np.array_equal(a, b)
+        for a, b in zip(
+            jax.tree.leaves(state.ema_params), jax.tree.leaves(state.params), strict=True
+        )
+    ]
+    assert all(moved)
+    off, _ = trained(changes=(("ema.decay", 0.0), ("optimizer.accumulate", 4)))
+    assert off.ema_params is None
+
+
+def test_latents_are_drawn_from_the_moments_and_normalised():
+    mean, logvar = np.full((4000, 1, 1, 1), 2.0), np.full((4000, 1, 1, 1), np.log(0.25))
+    stored = jnp.asarray(np.concatenate([mean, logvar], -1), jnp.float16)
+    x0 = np.asarray(latents.to_x0(stored, AUTOENCODER, jax.random.key(0)))
+    assert x0.mean() == pytest.approx((2.0 - 0.1) * 1.5, abs=0.05)
+    assert x0.std() == pytest.approx(0.5 * 1.5, rel=0.05)
+    other = np.asarray(latents.to_x0(stored, AUTOENCODER, jax.random.key(1)))
+    assert not np.array_equal(x0, other)  # T29: each step draws anew
+    fixed = latents.to_x0(stored, AUTOENCODER)
+    np.testing.assert_allclose(fixed, (2.0 - 0.1) * 1.5, rtol=1e-3)
+
+
+def test_an_unknown_latent_kind_is_refused():
+    with pytest.raises(ValueError, match="sample.*known are moments"):
+        latents.to_x0(jnp.zeros((1, 2, 2, 4)), {"kind": "sample", "shift": 0, "scale": 1})
