@@ -29,10 +29,5 @@ def get_config(argument: str = ""):
         config.flow.shift = config.samples.shift = 3.0
     if chosen.tiny:
         config_lib.use_builtin_encoders(config, text_length=chosen.text_length)
-        config.model.depth = min(chosen.depth, 2)
-        config.steps, config.batch_size = 2, 8
-        config.optimizer.warmup = 1
-        config.checkpoint.every = config.log.every = 1
-        config.evaluation.every, config.evaluation.samples = 2, 8
-        config.samples.every, config.samples.steps = 2, 2
+        config_lib.two_steps(config)
     return config

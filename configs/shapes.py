@@ -29,31 +29,13 @@ PROMPTS = (
 
 def get_config(argument: str = ""):
     """Builds the config from `depth=2,resolution=32,...`."""
-    chosen = config_lib.parse_argument(
-        argument, depth=2, resolution=32, text_length=12, tiny=False
-    )
+    chosen = config_lib.parse_argument(argument, depth=2, resolution=32, text_length=12, tiny=False)
     config = config_lib.default(
         depth=chosen.depth, resolution=chosen.resolution, text_length=chosen.text_length
     )
     config_lib.use_builtin_encoders(config, text_length=chosen.text_length)
-    config.steps = 1500
-    config.batch_size = 64
-    config.data.dropout = 0.2
-    config.optimizer.name = "muon"
-    config.optimizer.learning_rate = 1e-3
-    config.optimizer.b2 = 0.99
-    config.optimizer.eps = 1e-8
-    config.optimizer.warmup = 50
-    config.optimizer.schedule = "linear"
-    config.ema.update(decay=0.995, every=1)
-    config.checkpoint.every = 500
-    config.evaluation.update(every=500, samples=256, batch_size=128)
-    config.samples.update(every=500, steps=20, cfg=3.0, prompts=PROMPTS)
-    config.log.every = 50
+    config_lib.on_a_laptop(config)
+    config.samples.prompts = PROMPTS
     if chosen.tiny:
-        config.steps, config.batch_size = 2, 8
-        config.optimizer.warmup = 1
-        config.evaluation.update(every=2, samples=8)
-        config.samples.update(every=2, steps=2)
-        config.log.every = 1
+        config_lib.two_steps(config)
     return config

@@ -21,6 +21,7 @@ from absl import flags
 from data_pipelines.pipeline import build
 from data_pipelines.settings import Settings
 from mmdit_jax import command
+from mmdit_jax import config as config_lib
 
 flags.DEFINE_string(
     "source",
@@ -92,13 +93,29 @@ def main(argv: list[str]) -> None:
 
 
 def train_command(settings: Settings) -> str:
-    """The next command."""
-    drawn = settings.source == "shapes"
-    config = "configs/shapes.py" if drawn else f"configs/mmdit.py:resolution={settings.resolution}"
+    """The next command: the config that this data set fits, with what differs from its defaults."""
+    lengths = settings.lengths()
+    arguments = f"resolution={settings.resolution},text_length={lengths['clip_l']}"
+    overrides = []
+    if lengths["t5"] != lengths["clip_l"]:
+        overrides.append(f"--config.data.text_encoders.t5.length={lengths['t5']}")
+    if settings.source == "shapes" and not settings.text_paths():
+        file = "configs/shapes.py"
+    elif not settings.text_paths():
+        file = "configs/folder.py"
+    else:
+        file = "configs/mmdit.py"
+    factor = settings.pixel_factor or config_lib.pixel_factor(settings.resolution)
+    if file == "configs/mmdit.py" or factor != config_lib.pixel_factor(settings.resolution):
+        overrides += [
+            "--config.data.kind=pixels",
+            f"--config.data.factor={factor}",
+            f"--config.model.channels={3 * factor * factor}",
+        ]
     output = settings.output.rstrip("/")
     return shlex.join(
-        ["python", "-m", "mmdit_jax.train", f"--config={config}", f"--workdir={output}-run"]
-        + [f"--config.data.path={output}"]
+        ["python", "-m", "mmdit_jax.train", f"--config={file}:{arguments}"]
+        + [f"--workdir={output}-run", f"--config.data.path={output}", *overrides]
     )
 
 

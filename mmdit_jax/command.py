@@ -1,9 +1,9 @@
 """How every command starts and how it ends: flags, logging, exit codes.
 
-    0   done
-    2   the user's mistake: one line with the value, the rule and the remedy (do not retry)
-    75  interrupted with everything saved: run the same command again (EX_TEMPFAIL)
-    1   anything else, with a traceback
+0   done
+2   the user's mistake: one line with the value, the rule and the remedy (do not retry)
+75  interrupted with everything saved: run the same command again (EX_TEMPFAIL)
+1   anything else, with a traceback
 """
 
 import logging as python_logging
@@ -72,8 +72,10 @@ def _set_up_logging() -> None:
     logging.set_verbosity(logging.INFO)
     handler = logging.get_absl_handler()
     handler.addFilter(
-        lambda record: record.levelno >= python_logging.WARNING
-        or os.path.abspath(record.pathname).startswith(_OURS)
+        lambda record: (
+            record.levelno >= python_logging.WARNING
+            or os.path.abspath(record.pathname).startswith(_OURS)
+        )
     )
     handler.setFormatter(
         python_logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%m-%d %H:%M:%S")

@@ -4,10 +4,11 @@
         --output=results.json
 
     val_loss  loss on fixed (sample, t, noise) triples of the validation split
-    shapes    samples the held-out prompts of the built-in pictures, finds the objects in the pixels,
-              and scores colour, shape, count, position, pairs and binding (GenEval's categories)
+    shapes    samples the held-out prompts of the built-in pictures, finds the objects in the
+              pixels, scores colour, shape, count, position, pairs, binding (GenEval's categories)
 """
 
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -31,9 +32,8 @@ _CFG = flags.DEFINE_float("cfg", None, "Guidance scale of sampling evaluators.")
 _SOLVER = flags.DEFINE_string("solver", None, "euler, heun or ddim.")
 _SHIFT = flags.DEFINE_float("shift", None, "Shift of the sampling times.")
 _SEED = flags.DEFINE_integer("seed", None, "Of the initial noise.")
-_IMAGES = flags.DEFINE_integer("images_per_prompt", 4, "As GenEval.", lower_bound=1)
-_PROMPTS_PER_CATEGORY = flags.DEFINE_integer(
-    "prompts_per_category", 24, "Held-out prompts of each category; 0 is all.", lower_bound=0
+_PICTURES = flags.DEFINE_integer(
+    "pictures_per_category", 96, "Pictures of each category of shapes.", lower_bound=1
 )
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 128, "Pictures in one call.", lower_bound=1)
 _ENCODERS = flags.DEFINE_string(
@@ -76,15 +76,20 @@ def shapes(trained: run.TrainedRun) -> tuple[Metrics, Settings]:
         encoders=_ENCODERS.value,
         batch_size=_BATCH_SIZE.value,
     )
-    most = _PROMPTS_PER_CATEGORY.value or None
-    prompts = [p for name in shapes_data.CATEGORIES for p in shapes_data.prompts(name)[:most]]
+    prompts = [
+        prompt
+        for category in shapes_data.CATEGORIES
+        for prompt in itertools.islice(
+            itertools.cycle(shapes_data.prompts(category)), _PICTURES.value
+        )
+    ]
     metrics = shapes_lib.evaluate(
-        lambda texts: sampler(trained.params, texts), prompts, images_per_prompt=_IMAGES.value
+        lambda texts: sampler(trained.params, texts), prompts, images_per_prompt=1
     )
     return metrics, {
         **settings._asdict(),
-        "prompts": len(prompts),
-        "images_per_prompt": _IMAGES.value,
+        "prompts": len(set(prompts)),
+        "pictures_per_category": _PICTURES.value,
     }
 
 

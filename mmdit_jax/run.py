@@ -1,7 +1,7 @@
 """The parts of one run, put together once for every command: model, mathematics, text, data.
 
-The rooms do not know each other (the network is a function to `flow`, training knows no encoders and
-no evaluators). This is where they meet.
+The rooms do not know each other (the network is a function to `flow`, training knows no encoders
+and no evaluators). This is where they meet.
 """
 
 import functools

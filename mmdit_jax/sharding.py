@@ -107,9 +107,7 @@ def make_mesh(
 ) -> Mesh:
     """Builds the mesh over the devices of the job (see `mesh_shape`)."""
     devices = jax.devices() if devices is None else devices
-    sizes = mesh_shape(
-        data=data, fsdp=fsdp, tensor=tensor, context=context, devices=len(devices)
-    )
+    sizes = mesh_shape(data=data, fsdp=fsdp, tensor=tensor, context=context, devices=len(devices))
     return jax.make_mesh(
         tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
     )
@@ -130,9 +128,7 @@ def abstract_mesh(*, data: int, fsdp: int, tensor: int, context: int) -> Abstrac
         if -1 in (data, fsdp, tensor, context)
         else fixed,
     )
-    return AbstractMesh(
-        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES)
-    )
+    return AbstractMesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def batch_ways(mesh: Mesh | AbstractMesh) -> int:

@@ -3,8 +3,8 @@
     python -m mmdit_jax.train --config=configs/shapes.py --workdir=runs/first \\
         --config.data.path=data/shapes
 
-The same command again goes on where the run stopped. Exit code 75 asks for that (SIGTERM arrived and
-everything is saved). `--dry_run` prints what would run, as JSON, without allocating the model.
+The same command again goes on where the run stopped. Exit code 75 asks for that (SIGTERM arrived
+and everything is saved). `--dry_run` prints what would run, as JSON, without allocating the model.
 """
 
 import json
@@ -132,8 +132,8 @@ def make_hooks(parts: run.Parts, mesh, loader, workdir: str) -> list[Hook]:
     def weights(state):
         return state.ema_params if state.ema_params is not None else state.params
 
+    held_out = run.make_loader(config, "validation", config.batch_size)
     if config.evaluation.every:
-        held_out = run.make_loader(config, "validation", config.batch_size)
         validation = run.make_validation(parts, held_out, mesh)
 
         def validate(state, step: int) -> dict[str, float]:
@@ -142,8 +142,10 @@ def make_hooks(parts: run.Parts, mesh, loader, workdir: str) -> list[Hook]:
 
         hooks.append(Hook("validation", config.evaluation.every, validate))
 
-    prompts = list(config.samples.prompts)
-    if config.samples.every and prompts:
+    if config.samples.every:
+        prompts = list(config.samples.prompts) or [
+            held_out.record(i)["captions"][0] for i in range(min(8, held_out.records))
+        ]
         sampler = run.make_sampler(
             parts,
             loader.manifest,

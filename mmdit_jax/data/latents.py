@@ -1,4 +1,4 @@
-"""From the latents of a record to x0: draw from the moments, normalise (on the device, under jit)."""
+"""From the latents of a record to x0: draw from the moments, normalise (on the device)."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -62,7 +62,7 @@ class Sampler:
 
         Args:
             predict: (params, z, t, condition) -> output.
-            assemble: (text outputs, keep) -> condition; keep False everywhere is the null condition.
+            assemble: (text outputs, keep) -> condition; all False is the null condition.
             encode: captions -> text outputs, numpy.
             decode: normalised latents -> uint8 pictures (B, R, R, 3).
             formulation: of training.

@@ -1,8 +1,8 @@
 """Validation loss on fixed (sample, t, noise) triples, at stratified noise levels.
 
-Every sample is seen at each of K levels t = (i + 0.5) / K, with noise that belongs to the sample and
-the level, from a key that training never uses. So the number does not depend on the batch size or
-the mesh, and validating does not change training.
+Every sample is seen at each of K levels t = (i + 0.5) / K, with noise that belongs to the sample
+and the level, from a key that training never uses. So the number does not depend on the batch size
+or the mesh, and validating does not change training.
 """
 
 from collections.abc import Callable, Iterator, Mapping

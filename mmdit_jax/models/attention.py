@@ -15,7 +15,5 @@ def attention(q_BLNK: jax.Array, k_BLNK: jax.Array, v_BLNK: jax.Array) -> jax.Ar
 def max_logit(q_BLNK: jax.Array, k_BLNK: jax.Array) -> jax.Array:
     """Largest attention logit of the batch (Fig. 5 of the paper): what QK-norm keeps small."""
     scale = q_BLNK.shape[-1] ** -0.5
-    logits = jnp.einsum(
-        "blnk,bmnk->bnlm", q_BLNK, k_BLNK, preferred_element_type=jnp.float32
-    )
+    logits = jnp.einsum("blnk,bmnk->bnlm", q_BLNK, k_BLNK, preferred_element_type=jnp.float32)
     return jnp.max(logits) * scale

@@ -84,7 +84,10 @@ class Stream(nn.Module):
         width = self.heads * HEAD_SIZE
         vectors = 2 if self.pre_only else 9 if self.dual else 6
         self.adaLN_modulation = Linear(
-            (vectors, width), ("embed", "stack", "modulation"), initializer="zeros", dtype=self.dtype
+            (vectors, width),
+            ("embed", "stack", "modulation"),
+            initializer="zeros",
+            dtype=self.dtype,
         )
         self.attn = Attention(self.heads, self.qk_norm, self.pre_only, self.dtype)
         if self.dual:

@@ -1,7 +1,7 @@
 """Closed forms of the matrix-product FLOPs of the backbones, 2 per multiply-add.
 
-What MM-DiT really does: a token multiplies only the weights of its own stream, the adaLN vectors are
-computed once per sample, and attention runs over all tokens. Elementwise work is not counted.
+What MM-DiT really does: a token multiplies only the weights of its own stream, the adaLN vectors
+are computed once per sample, attention runs over all tokens. Elementwise work is not counted.
 """
 
 from ml_collections import ConfigDict

@@ -138,9 +138,7 @@ def train(
         if saving or due:
             with clock.paused():
                 if saving:
-                    checkpointer.save(
-                        state, {"step": step, "samples": step * config.batch_size}
-                    )
+                    checkpointer.save(state, {"step": step, "samples": step * config.batch_size})
                 for hook in due:
                     scalars = hook.run(state, step)
                     if scalars:

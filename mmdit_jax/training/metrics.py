@@ -18,7 +18,7 @@ class MetricWriter:
     """Appends scalars to `metrics.jsonl` and to TensorBoard; only on the first process."""
 
     def __init__(self, workdir: str, *, start_step: int, active: bool):
-        """Opens both; lines of steps after `start_step`, from a run that was killed, are removed."""
+        """Opens both; removes lines of steps after `start_step`, left by a run that was killed."""
         self._file = self._board = None
         if active:
             path = os.path.join(workdir, "metrics.jsonl")

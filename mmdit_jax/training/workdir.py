@@ -1,4 +1,4 @@
-"""The run directory: what it says about the run, and whether a resumed run is still the same run."""
+"""The run directory: what it says about the run, and whether a resumed run is still the same."""
 
 import json
 import os

@@ -153,9 +153,7 @@ def test_scan_over_blocks_equals_a_loop_over_blocks():
             return carry
 
     looped = Looped(**{f: getattr(model, f) for f in ("depth", "channels", "pos_embed_native")})
-    np.testing.assert_allclose(
-        run(looped, params, inputs), scanned, atol=1e-5, rtol=1e-5
-    )
+    np.testing.assert_allclose(run(looped, params, inputs), scanned, atol=1e-5, rtol=1e-5)
     assert 2 in calls
 
 
@@ -171,9 +169,7 @@ def test_every_remat_policy_gives_the_same_loss_and_gradients():
         results[policy] = jax.jit(jax.value_and_grad(loss))(params)
     for value, grads in results.values():
         np.testing.assert_allclose(value, results["none"][0], rtol=1e-6)
-        for a, b in zip(
-            jax.tree.leaves(grads), jax.tree.leaves(results["none"][1]), strict=True
-        ):
+        for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(results["none"][1]), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 

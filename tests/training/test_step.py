@@ -48,7 +48,7 @@ def batch(size=16, seed=0):
 
 @functools.cache
 def trained(steps=2, devices=1, mesh=(), changes=()):
-    """State and metrics after some steps; params are randomised so that adaLN-zero hides nothing."""
+    """State and metrics after some steps; randomised params, so that adaLN-zero hides nothing."""
     config = tiny_config(**dict(changes))
     parts = run.build(config)
     made = sharding.make_mesh(**dict(mesh), devices=jax.devices()[:devices])
@@ -57,7 +57,8 @@ def trained(steps=2, devices=1, mesh=(), changes=()):
     state = state.replace(
         params=jax.tree.map(
             lambda x: jax.device_put(
-                np.asarray(x) + 0.02 * np.random.default_rng(x.size).normal(size=x.shape), x.sharding
+                np.asarray(x) + 0.02 * np.random.default_rng(x.size).normal(size=x.shape),
+                x.sharding,
             ).astype(jnp.float32),
             state.params,
         )
@@ -116,9 +117,7 @@ def test_accumulated_micro_batches_equal_the_full_batch():
         np.testing.assert_array_equal(b["bin_count"], a["bin_count"])
         np.testing.assert_allclose(b["grad_norm"], a["grad_norm"], rtol=1e-4)
     # Adam's first steps are sign-like: where a gradient is rounding noise, the update is +-lr.
-    moments = [
-        jax.tree.leaves(jax.tree.map(np.asarray, s.opt_state)) for s in (full_state, state)
-    ]
+    moments = [jax.tree.leaves(jax.tree.map(np.asarray, s.opt_state)) for s in (full_state, state)]
     for a, b in zip(*moments, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 

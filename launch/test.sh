@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Everything that must hold before a change lands: ./launch/test.sh [--parity] [pytest arguments]
+#
+# Makes .venv, installs, checks style and types, runs the default tests. --parity also installs
+# torch and diffusers and compares with them live.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+EXTRAS=test
+select="not slow and not parity and not tpu_compiler and not accelerator"
+if [ "${1:-}" = --parity ]; then
+    shift
+    EXTRAS=test,parity
+    select="not slow and not tpu_compiler and not accelerator"
+fi
+# shellcheck source=launch/venv.sh
+source launch/venv.sh
+export JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 HF_HUB_OFFLINE=1
+ruff check .
+ruff format --check .
+pyright
+python -m pytest -m "$select" "$@"

@@ -1,0 +1,15 @@
+# Sourced by the other scripts: makes .venv once, installs the project into it, activates it.
+# EXTRAS=test,parity adds optional dependencies. Nothing is installed when setup.py is unchanged.
+python="${PYTHON:-python3}"
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "error: $("$python" --version) is too old; needs 3.11 or newer (set PYTHON=...)" >&2
+    exit 2
+}
+[ -d .venv ] || "$python" -m venv .venv
+# shellcheck disable=SC1091
+source .venv/bin/activate
+stamp=".venv/installed-$(cat setup.py <(echo "${EXTRAS:-}") | sha256sum | cut -c1-16)"
+if [ ! -e "$stamp" ]; then
+    pip install --quiet --disable-pip-version-check -e ".${EXTRAS:+[$EXTRAS]}"
+    touch "$stamp"
+fi
