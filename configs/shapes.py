@@ -1,14 +1,14 @@
 """The quick start: a small MM-DiT on the built-in captioned shapes, minutes on two CPU cores.
 
-    python -m data_pipelines.build --source=shapes --output=data/shapes --resolution=32 \\
-        --count=16000 --text_length=12
+    python -m data_pipelines.build --source=shapes --output=data/shapes --resolution=16 \\
+        --count=16000 --text_length=12 --synthetic_fraction=0.3
     python -m mmdit_jax.train --config=configs/shapes.py --workdir=runs/shapes \\
         --config.data.path=data/shapes
 
 Arguments:
 
     depth=2           d: width 64 d, d heads, d blocks
-    resolution=32     pixels an axis
+    resolution=16     pixels an axis
     text_length=12    tokens of each text encoder
     tiny              two steps of batch 8, for tests
 """
@@ -29,7 +29,7 @@ PROMPTS = (
 
 def get_config(argument: str = ""):
     """Builds the config from `depth=2,resolution=32,...`."""
-    chosen = config_lib.parse_argument(argument, depth=2, resolution=32, text_length=12, tiny=False)
+    chosen = config_lib.parse_argument(argument, depth=2, resolution=16, text_length=12, tiny=False)
     config = config_lib.default(
         depth=chosen.depth, resolution=chosen.resolution, text_length=chosen.text_length
     )

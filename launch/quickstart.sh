@@ -16,8 +16,8 @@ export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" TPU_SKIP_MDS_QUERY=1 HF_HUB_OFFLINE
 say() { printf '\n== %s (%d s)\n' "$1" $((SECONDS - started)); }
 
 say "data: captioned shapes, latents, text, shards"
-python -m data_pipelines.build --source=shapes --output="$out/data" --resolution=32 \
-    --count=16000 --text_length=12
+python -m data_pipelines.build --source=shapes --output="$out/data" --resolution=16 \
+    --count=16000 --text_length=12 --synthetic_fraction=0.3
 
 say "training"
 python -m mmdit_jax.train --config=configs/shapes.py --workdir="$out/run" \

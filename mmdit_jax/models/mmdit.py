@@ -30,7 +30,7 @@ HEAD_SIZE = 64
 
 # What a block keeps for the backward pass; the rest is computed again.
 REMAT_POLICIES = {
-    "none": jax.checkpoint_policies.everything_saveable,
+    "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -215,7 +215,7 @@ class MMDiT(nn.Module):
         carry = (c_BTD, x_BID)
         carry = self._scan(carry, y_BD, min(dual, self.depth - 1), True, "dual_blocks")
         carry = self._scan(carry, y_BD, max(self.depth - 1 - dual, 0), False, "joint_blocks")
-        last = nn.remat(JointBlock, policy=REMAT_POLICIES[self.remat])(
+        last = self._block(prevent_cse=True)(
             self.depth, self.qk_norm, dual >= self.depth, True, self.dtype, name="last_block"
         )
         (_, x_BID), _ = last(carry, y_BD)
@@ -237,12 +237,19 @@ class MMDiT(nn.Module):
         )(x_BID)
         return unpatchify(out_BIP.astype(jnp.float32), self.patch, height, width)
 
+    def _block(self, *, prevent_cse: bool):
+        policy = REMAT_POLICIES[self.remat]
+        return (
+            JointBlock
+            if policy is None
+            else nn.remat(JointBlock, prevent_cse=prevent_cse, policy=policy)
+        )
+
     def _scan(self, carry, y_BD: jax.Array, length: int, dual: bool, name: str):
         if length == 0:
             return carry
-        block = nn.remat(JointBlock, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         blocks = nn.scan(
-            block,
+            self._block(prevent_cse=False),
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,

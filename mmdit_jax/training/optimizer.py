@@ -21,8 +21,13 @@ def is_kernel(path: Any) -> bool:
 
 
 def is_block_matrix(path: Any) -> bool:
-    """True for the matrices inside the transformer blocks, which Muon trains."""
-    return is_kernel(path) and _names(path)[0] in BLOCKS
+    """True for the matrices inside the blocks, which Muon trains; adaLN stays with AdamW.
+
+    The modulation acts on one vector a sample, and orthogonalising its six matrices a stream costs
+    more than all others together.
+    """
+    names = _names(path)
+    return is_kernel(path) and names[0] in BLOCKS and "adaLN_modulation" not in names
 
 
 def learning_rate_schedule(config: ConfigDict, peak: float) -> optax.Schedule:
