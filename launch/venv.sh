@@ -13,3 +13,5 @@ if [ ! -e "$stamp" ]; then
     pip install --quiet --disable-pip-version-check -e ".${EXTRAS:+[$EXTRAS]}"
     touch "$stamp"
 fi
+# XLA on CPU allocates its buffers anew in every step: keep freed memory instead of returning it.
+export MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TOP_PAD_=268435456

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from mmdit_jax import config as config_lib
 from mmdit_jax import sharding
+from mmdit_jax.config import Config
 from mmdit_jax.data.loader import Loader
 from mmdit_jax.data.manifest import Manifest
 from mmdit_jax.encoders import pixels
@@ -37,14 +37,14 @@ from mmdit_jax.training.step import Conditioning, Predict, make_predict
 class Parts(NamedTuple):
     """What follows from a config alone."""
 
-    config: ConfigDict
+    config: Config
     model: nn.Module
     formulation: Formulation
     predict: Predict
     conditioning: Conditioning
 
 
-def build(config: ConfigDict) -> Parts:
+def build(config: Config) -> Parts:
     """Checks a config and makes everything that it names.
 
     Raises:
@@ -67,7 +67,7 @@ def build(config: ConfigDict) -> Parts:
     )
 
 
-def expected_data(config: ConfigDict) -> dict[str, Any]:
+def expected_data(config: Config) -> dict[str, Any]:
     """What a data set must be, for `Manifest` to fit the config."""
     return {
         "resolution": config.data.resolution,
@@ -84,14 +84,14 @@ def expected_data(config: ConfigDict) -> dict[str, Any]:
     }
 
 
-def make_mesh(config: ConfigDict) -> Mesh:
+def make_mesh(config: Config) -> Mesh:
     """The config's mesh over all devices of the job; refuses a batch that it does not divide."""
     mesh = sharding.make_mesh(**config.mesh)
     sharding.check_batch(mesh, config.batch_size, config.optimizer.accumulate)
     return mesh
 
 
-def make_loader(config: ConfigDict, split: str, batch_size: int) -> Loader:
+def make_loader(config: Config, split: str, batch_size: int) -> Loader:
     """A loader of the config's data set.
 
     Raises:
@@ -129,7 +129,7 @@ def make_validation(parts: Parts, loader: Loader, mesh: Mesh) -> Validation:
 
 
 def make_text_encoder(
-    config: ConfigDict, manifest: Manifest, folder: str = ""
+    config: Config, manifest: Manifest, folder: str = ""
 ) -> Callable[[Sequence[str]], Mapping[str, Any]]:
     """captions -> text outputs, by the encoders that the data set was made with.
 
@@ -154,7 +154,7 @@ def make_text_encoder(
     return functools.partial(encode, encoders)
 
 
-def sample_settings(config: ConfigDict) -> SampleSettings:
+def sample_settings(config: Config) -> SampleSettings:
     """The config's sampling settings."""
     values = config.samples
     return SampleSettings(
@@ -187,7 +187,7 @@ def make_sampler(
     )
 
 
-def read_config(workdir: str) -> ConfigDict:
+def read_config(workdir: str) -> Config:
     """The config that a run was started with."""
     return workdir_lib.read_config(workdir)
 

@@ -29,7 +29,7 @@ from mmdit_jax.data.shapes_drawing import (
     draw_objects,
 )
 
-CATEGORIES = {"single": 0.2, "count": 0.15, "two_object": 0.3, "position": 0.35}
+CATEGORIES = {"single": 0.12, "count": 0.16, "two_object": 0.34, "position": 0.38}
 """Category -> its share of the training pictures."""
 
 SIZES = {"small": (0.16, 0.20), "": (0.24, 0.30), "large": (0.34, 0.39)}

@@ -4,9 +4,8 @@ What MM-DiT really does: a token multiplies only the weights of its own stream, 
 are computed once per sample, attention runs over all tokens. Elementwise work is not counted.
 """
 
-from ml_collections import ConfigDict
-
 from mmdit_jax import config as config_lib
+from mmdit_jax.config import Config
 
 # Forward, and twice as much backward.
 TRAINING_FACTOR = 3
@@ -60,7 +59,7 @@ def mmdit_forward(
     return 2 * (embed + vectors + (depth - 1) * block + last + dual + final)
 
 
-def forward_per_sample(config: ConfigDict) -> int:
+def forward_per_sample(config: Config) -> int:
     """FLOPs of one forward pass of the config's backbone on one sample."""
     return mmdit_forward(
         depth=config.model.depth,
@@ -73,6 +72,6 @@ def forward_per_sample(config: ConfigDict) -> int:
     )
 
 
-def train_step(config: ConfigDict) -> int:
+def train_step(config: Config) -> int:
     """Model FLOPs of one training step: three forward passes; remat is not counted."""
     return TRAINING_FACTOR * forward_per_sample(config) * config.batch_size

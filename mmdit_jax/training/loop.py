@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import jax
 from absl import logging
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict
 
+from mmdit_jax.config import Config
 from mmdit_jax.scaling import flops
 from mmdit_jax.training.checkpoint import Checkpointer
 from mmdit_jax.training.metrics import Average, MetricWriter, Progress
@@ -71,7 +71,7 @@ class NonFiniteLoss(RuntimeError):
 
 
 def train(
-    config: ConfigDict,
+    config: Config,
     *,
     state: TrainState,
     train_step: Callable,
@@ -155,7 +155,7 @@ def train(
 class _Clock:
     """Speed since the last log line, without the time spent in checkpoints and hooks."""
 
-    def __init__(self, config: ConfigDict, step: int):
+    def __init__(self, config: Config, step: int):
         self._batch_size = config.batch_size
         self._flops = flops.train_step(config)
         self._devices = jax.device_count()

@@ -5,7 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
+
+from mmdit_jax.config import Config
 
 BLOCKS = ("dual_blocks", "joint_blocks", "last_block")
 SCANNED = ("dual_blocks", "joint_blocks")
@@ -30,7 +31,7 @@ def is_block_matrix(path: Any) -> bool:
     return is_kernel(path) and names[0] in BLOCKS and "adaLN_modulation" not in names
 
 
-def learning_rate_schedule(config: ConfigDict, peak: float) -> optax.Schedule:
+def learning_rate_schedule(config: Config, peak: float) -> optax.Schedule:
     """Linear warm-up to `peak`, then constant, linear, cosine or wsd (warm-up, stable, decay)."""
     warmup, total = config.optimizer.warmup, config.steps
     final = peak * config.optimizer.final_fraction
@@ -64,7 +65,7 @@ def _muon_dimensions(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(dimensions, params)
 
 
-def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+def make_optimizer(config: Config) -> optax.GradientTransformation:
     """Gradient clipping and the optimizer that the config names."""
     settings = config.optimizer
 

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from mmdit_jax import config as config_lib
 from mmdit_jax import sharding
+from mmdit_jax.config import Config
 from mmdit_jax.models import BACKBONES
 
 
@@ -48,14 +48,14 @@ def purpose_key(seed: jax.Array | int, step: jax.Array | int, purpose: int) -> j
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), purpose)
 
 
-def compute_dtype(config: ConfigDict) -> Any:
+def compute_dtype(config: Config) -> Any:
     """bfloat16 on accelerators and float32 on CPU, unless the config names one."""
     if config.model.dtype == "auto":
         return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     return jnp.dtype(config.model.dtype)
 
 
-def build_model(config: ConfigDict) -> nn.Module:
+def build_model(config: Config) -> nn.Module:
     """The backbone that the config names.
 
     Raises:
@@ -74,7 +74,7 @@ def build_model(config: ConfigDict) -> nn.Module:
     )
 
 
-def abstract_params(config: ConfigDict) -> Any:
+def abstract_params(config: Config) -> Any:
     """Shapes of the parameters, boxed with their logical axis names; allocates nothing."""
     side = config_lib.latent_side(config)
     inputs = (
@@ -96,7 +96,7 @@ class StatePlan(NamedTuple):
     boxed_params: Any
 
 
-def plan_state(config: ConfigDict, optimizer: optax.GradientTransformation, mesh: Mesh):
+def plan_state(config: Config, optimizer: optax.GradientTransformation, mesh: Mesh):
     """Shapes of the whole state and where on the mesh each of its arrays lies.
 
     Raises:
@@ -116,7 +116,7 @@ def plan_state(config: ConfigDict, optimizer: optax.GradientTransformation, mesh
 
 
 def init_state(
-    config: ConfigDict, optimizer: optax.GradientTransformation, plan: StatePlan
+    config: Config, optimizer: optax.GradientTransformation, plan: StatePlan
 ) -> TrainState:
     """A fresh state, each array made on the devices that hold it."""
     model = build_model(config)

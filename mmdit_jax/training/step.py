@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from mmdit_jax import sharding
+from mmdit_jax.config import Config
 from mmdit_jax.data import latents
 from mmdit_jax.flow.formulation import Formulation
 from mmdit_jax.training.optimizer import update_ema
@@ -85,7 +85,7 @@ def draw(
 
 
 def make_train_step(
-    config: ConfigDict,
+    config: Config,
     *,
     model: nn.Module,
     formulation: Formulation,

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 import mmdit_jax
 from mmdit_jax import config as config_lib
+from mmdit_jax.config import Config
 from mmdit_jax.data.manifest import Manifest
 
 # May differ between the runs that share a workdir; everything else decides the result.
@@ -52,7 +53,7 @@ def _write(path: str, content: dict[str, Any]) -> None:
     os.replace(temporary, path)
 
 
-def check_resume(workdir: str, config: ConfigDict, manifest: Manifest) -> None:
+def check_resume(workdir: str, config: Config, manifest: Manifest) -> None:
     """Compares a config and a data set with those that the workdir was started with.
 
     Raises:
@@ -89,7 +90,7 @@ def check_resume(workdir: str, config: ConfigDict, manifest: Manifest) -> None:
         )
 
 
-def write_identity(workdir: str, config: ConfigDict, manifest: Manifest) -> None:
+def write_identity(workdir: str, config: Config, manifest: Manifest) -> None:
     """Writes `config.json` (config, data fingerprint, versions) and a copy of the manifest."""
     os.makedirs(workdir, exist_ok=True)
     versions = {name: version(name) for name in _PACKAGES}
@@ -104,7 +105,7 @@ def write_identity(workdir: str, config: ConfigDict, manifest: Manifest) -> None
     manifest.save(workdir)
 
 
-def read_config(workdir: str) -> ConfigDict:
+def read_config(workdir: str) -> Config:
     """The config of a run.
 
     Raises:

@@ -15,7 +15,7 @@ from mmdit_jax.data.records import ShardReader, decode_record
 from mmdit_jax.encoders import text
 
 WIDTHS = {"clip_l": 16, "clip_g": 16, "t5": 16}
-CAPTIONS = ["a red circle left of a blue square", "two green triangles in yellow and cyan"]
+CAPTIONS = ["a red circle left of a blue square", "two green triangles in yellow and red"]
 
 
 @pytest.fixture(scope="session")

@@ -80,7 +80,7 @@ def test_triples_are_fixed_but_noise_differs_between_samples():
 
 
 def test_levels_are_the_midpoints_of_equal_strata():
-    """E |eps - x0|^2 = 2 for unit variance; with output c z the level is read back from the loss."""
+    """With output c t z and unit variances, the level is read back from the loss."""
     base = loss(levels=4, samples=100)
     for i, found in enumerate(base.per_level):
         t, c = (i + 0.5) / 4, 0.5
