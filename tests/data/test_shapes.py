@@ -45,7 +45,7 @@ def test_training_never_describes_a_held_out_prompt():
         if shapes.is_held_out(spec)
         for caption in spec.captions().values()
     }
-    assert len(forbidden) > 400
+    assert len(forbidden) > 200
     scenes = TRAINING + [shapes.validation_scene(0, index) for index in range(1000)]
     assert not forbidden & {text for scene in scenes for text in scene.captions.values()}
 
@@ -53,7 +53,7 @@ def test_training_never_describes_a_held_out_prompt():
 @pytest.mark.parametrize("category", shapes.CATEGORIES)
 def test_held_out_specs_are_few_and_leave_every_word_and_pair_in_training(category):
     held, every = shapes.held_out(category), shapes.specs(category)
-    assert 6 <= len(held) and 0.1 <= len(held) / len(every) <= 0.16
+    assert 6 <= len(held) and 0.1 <= len(held) / len(every) <= 0.17
     assert len(set(held)) == len(held) and set(held) <= set(every)
     trained = [spec for spec in every if not shapes.is_held_out(spec)]
     things = {thing for s in trained for thing in zip(s.colors, s.shapes, strict=True)}
