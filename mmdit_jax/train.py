@@ -65,16 +65,17 @@ def main(argv: list[str]) -> int:
     config = _CONFIG.value
     if config.data.path:
         config.data.path = os.path.abspath(config.data.path)
-    parts = run.build(config)
     if _DRY_RUN.value:
-        dry_run(parts)
+        dry_run(run.build(config))
         return command.EXIT_OK
     if not _WORKDIR.value:
         raise ValueError("--workdir is missing; give a directory for this run")
     workdir = os.path.abspath(_WORKDIR.value)
 
-    # Everything that a user may have wrong is checked before the first compilation.
+    # Before anything else touches the devices; then everything that a user may have wrong is checked
+    # before the first compilation.
     sharding.initialize_distributed(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    parts = run.build(config)
     first_process = jax.process_index() == 0
     mesh = run.make_mesh(config)
     loader = run.make_loader(config, "train", config.batch_size)

@@ -17,7 +17,8 @@ from PIL import Image, ImageDraw, ImageFont
 from mmdit_jax import sharding
 from mmdit_jax.flow.formulation import Formulation
 from mmdit_jax.flow.guidance import guided
-from mmdit_jax.flow.solvers import solve
+from mmdit_jax.flow.named import lookup
+from mmdit_jax.flow.solvers import SOLVERS, solve
 
 
 class SampleSettings(NamedTuple):
@@ -74,6 +75,7 @@ class Sampler:
         ways = sharding.batch_ways(mesh)
         self._batch_size = -(-batch_size // ways) * ways
         self._encode, self._mesh, self.settings = encode, mesh, settings
+        lookup(SOLVERS, settings.solver, what="solver")  # refused now, not at the first picture
         times = formulation.grid(settings.steps, settings.shift, settings.grid)
 
         def sample(params: Any, text: Mapping[str, Any], index_B: jax.Array) -> jax.Array:

@@ -97,7 +97,7 @@ class Stream(nn.Module):
 
     def before(self, x_BLD: jax.Array, y_BD: jax.Array):
         """Modulated q, k, v of the joint attention and what `after` needs."""
-        m_BSD = self.adaLN_modulation(y_BD)
+        m_BSD = constrain(self.adaLN_modulation(y_BD), "batch", None, "width")
         normed_BLD = layer_norm(x_BLD)
         qkv = self.attn.project_in(modulate(normed_BLD, m_BSD[:, 0], m_BSD[:, 1]))
         return qkv, (normed_BLD, m_BSD)
@@ -207,7 +207,9 @@ class MMDiT(nn.Module):
         c_BTD = Linear(name="context_embedder", **linear)(context_BTE)
         y_BD = VectorEmbedder(features, self.dtype, name="t_embedder")(timestep_features(t_B))
         y_BD = y_BD + VectorEmbedder(features, self.dtype, name="y_embedder")(pooled_BV)
-        y_BD = nn.silu(y_BD)  # the SiLU that stands before each adaLN linear
+        # The SiLU that stands before each adaLN linear. Whole on each device: left to itself, XLA's
+        # partitioner computes wrong modulations on a mesh with data, fsdp and tensor axes.
+        y_BD = constrain(nn.silu(y_BD), "batch", "width")
 
         x_BID = constrain(x_BID, "batch", "tokens", "width")
         c_BTD = constrain(c_BTD, "batch", "tokens", "width")
