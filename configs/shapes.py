@@ -1,7 +1,7 @@
 """The quick start: a small MM-DiT on the built-in captioned shapes, minutes on two CPU cores.
 
     python -m data_pipelines.build --source=shapes --output=data/shapes --resolution=16 \\
-        --count=16000 --text_length=12 --synthetic_fraction=0.2
+        --count=16000 --text_length=12 --synthetic_fraction=0.3
     python -m mmdit_jax.train --config=configs/shapes.py --workdir=runs/shapes \\
         --config.data.path=data/shapes
 
@@ -20,10 +20,10 @@ PROMPTS = (
     "a large blue square",
     "a small yellow triangle",
     "three green triangles",
-    "two red circles",
+    "two purple circles",
     "a red circle left of a blue square",
-    "a yellow triangle above a red circle",
-    "a green square and a blue triangle",
+    "a yellow triangle above a cyan circle",
+    "a green square and a purple triangle",
 )
 
 

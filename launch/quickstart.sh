@@ -17,7 +17,7 @@ say() { printf '\n== %s (%d s)\n' "$1" $((SECONDS - started)); }
 
 say "data: captioned shapes, latents, text, shards"
 python -m data_pipelines.build --source=shapes --output="$out/data" --resolution=16 \
-    --count=16000 --text_length=12 --synthetic_fraction=0.2
+    --count=16000 --text_length=12 --synthetic_fraction=0.3
 
 say "training"
 python -m mmdit_jax.train --config=configs/shapes.py --workdir="$out/run" \

@@ -29,7 +29,7 @@ from mmdit_jax.data.shapes_drawing import (
     draw_objects,
 )
 
-CATEGORIES = {"single": 0.12, "count": 0.16, "two_object": 0.34, "position": 0.38}
+CATEGORIES = {"single": 0.2, "count": 0.15, "two_object": 0.3, "position": 0.35}
 """Category -> its share of the training pictures."""
 
 SIZES = {"small": (0.16, 0.20), "": (0.24, 0.30), "large": (0.34, 0.39)}
@@ -38,7 +38,7 @@ SIZES = {"small": (0.16, 0.20), "": (0.24, 0.30), "large": (0.34, 0.39)}
 COUNTS = {2: "two", 3: "three", 4: "four"}
 RELATIONS = ("left of", "right of", "above", "below")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-HELD_OUT_SHARE = 0.16
+HELD_OUT_SHARE = 0.15
 
 _PAIR_RADIUS = (0.15, 0.195)
 _COUNT_RADIUS = (0.14, 0.168)
@@ -196,7 +196,7 @@ def held_out(category: str) -> tuple[Spec, ...]:
     """The canonical specs of a category that training never sees, in an order without meaning.
 
     A `HELD_OUT_SHARE` of the category. Of the few specs of one colour and shape ("single",
-    "count") at most one of each pair is taken, at most two of a colour and two of a shape, so
+    "count") at most one of each pair is taken, at most two of a colour and three of a shape, so
     that none is new to training and none dominates the prompts. Of "two_object" only pairs that
     differ in shape and in colour are taken: with others both "attribute" and "two_object" would
     ask for less.
@@ -207,7 +207,7 @@ def held_out(category: str) -> tuple[Spec, ...]:
         if category == "two_object" and not len({*spec.colors}) == len({*spec.shapes}) == 2:
             continue
         if category in ("single", "count"):
-            limits = {spec.colors + spec.shapes: 1, spec.colors: 2, spec.shapes: 2}
+            limits = {spec.colors + spec.shapes: 1, spec.colors: 2, spec.shapes: 3}
             if any(taken[part] >= limit for part, limit in limits.items()):
                 continue
             taken.update(limits.keys())

@@ -12,13 +12,15 @@ import numpy as np
 
 SHAPES = ("circle", "square", "triangle")
 
-# Four saturated colours, softened: each is more than 120 levels away from every
+# The six saturated corners of the RGB cube, softened: each is more than 120 levels away from every
 # other and from the background, so that a noisy or blurred sample still has one nearest colour.
 COLORS = {
     "red": (236, 54, 56),
     "green": (62, 200, 84),
     "blue": (48, 92, 250),
     "yellow": (255, 212, 48),
+    "purple": (198, 66, 232),
+    "cyan": (60, 216, 236),
 }
 BACKGROUND = (18, 20, 28)
 

@@ -34,8 +34,8 @@ def test_the_held_out_split_and_the_sampler_never_change():
     # A changed digest means that models trained before were trained on other pictures.
     split = repr([tuple(spec) for name in shapes.CATEGORIES for spec in shapes.held_out(name)])
     truth = json.dumps([scene.to_json() for scene in TRAINING[:200]])
-    assert hashlib.sha256(split.encode()).hexdigest()[:16] == "3dc99b4c2ed74221"
-    assert hashlib.sha256(truth.encode()).hexdigest()[:16] == "14dfc31fc26d2d08"
+    assert hashlib.sha256(split.encode()).hexdigest()[:16] == "175bbaa961e6ea2b"
+    assert hashlib.sha256(truth.encode()).hexdigest()[:16] == "cd69b569e1c97ed8"
 
 
 def test_training_never_describes_a_held_out_prompt():
@@ -45,7 +45,7 @@ def test_training_never_describes_a_held_out_prompt():
         if shapes.is_held_out(spec)
         for caption in spec.captions().values()
     }
-    assert len(forbidden) > 200
+    assert len(forbidden) > 400
     scenes = TRAINING + [shapes.validation_scene(0, index) for index in range(1000)]
     assert not forbidden & {text for scene in scenes for text in scene.captions.values()}
 
@@ -53,7 +53,7 @@ def test_training_never_describes_a_held_out_prompt():
 @pytest.mark.parametrize("category", shapes.CATEGORIES)
 def test_held_out_specs_are_few_and_leave_every_word_and_pair_in_training(category):
     held, every = shapes.held_out(category), shapes.specs(category)
-    assert 6 <= len(held) and 0.1 <= len(held) / len(every) <= 0.17
+    assert 6 <= len(held) and 0.1 <= len(held) / len(every) <= 0.16
     assert len(set(held)) == len(held) and set(held) <= set(every)
     trained = [spec for spec in every if not shapes.is_held_out(spec)]
     things = {thing for s in trained for thing in zip(s.colors, s.shapes, strict=True)}

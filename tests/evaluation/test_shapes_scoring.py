@@ -241,7 +241,7 @@ def test_regions_are_connected_by_edges_and_follow_a_spiral():
 def test_wrong_pictures_are_refused_with_the_remedy():
     with pytest.raises(ValueError, match="float32.* is not uint8"):
         scoring.find_objects(np.zeros((16, 16, 3), np.float32))
-    with pytest.raises(ValueError, match="1 pictures for 6 prompts"):
+    with pytest.raises(ValueError, match="1 pictures for 8 prompts"):
         scoring.evaluate(
             lambda texts: np.zeros((1, 16, 16, 3), np.uint8),
             shapes.prompts("single"),
