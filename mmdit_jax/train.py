@@ -72,8 +72,8 @@ def main(argv: list[str]) -> int:
         raise ValueError("--workdir is missing; give a directory for this run")
     workdir = os.path.abspath(_WORKDIR.value)
 
-    # Before anything else touches the devices; then everything that a user may have wrong is checked
-    # before the first compilation.
+    # Before anything else touches the devices. Then everything that a user may have wrong is
+    # checked before the first compilation.
     sharding.initialize_distributed(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     parts = run.build(config)
     first_process = jax.process_index() == 0
