@@ -32,7 +32,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "gpu": ["jax[cuda12]"],
-        "test": ["hypothesis", "pyright", "pytest", "pytest-xdist", "ruff", "scipy"],
+        "test": ["basedpyright", "hypothesis", "pytest", "pytest-xdist", "ruff", "scipy"],
         "parity": ["diffusers", "torch==2.13.0"],
         "plot": ["matplotlib"],
         "beam": ["apache-beam"],
