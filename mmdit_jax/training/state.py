@@ -13,6 +13,7 @@ from mmdit_jax import config as config_lib
 from mmdit_jax import sharding
 from mmdit_jax.config import Config
 from mmdit_jax.models import BACKBONES
+from mmdit_jax.models.mmdit import REMAT_POLICIES
 
 
 @flax.struct.dataclass
@@ -40,7 +41,6 @@ class Purpose:
     NOISE = 2
     TEXT_DROPOUT = 3
     INIT = 4
-    VALIDATION = 5
 
 
 def purpose_key(seed: jax.Array | int, step: jax.Array | int, purpose: int) -> jax.Array:
@@ -61,8 +61,6 @@ def build_model(config: Config) -> nn.Module:
     Raises:
         ValueError: an unknown backbone or remat policy.
     """
-    from mmdit_jax.models.mmdit import REMAT_POLICIES
-
     for what, name, known in (
         ("model.name", config.model.name, BACKBONES),
         ("model.remat", config.model.remat, REMAT_POLICIES),
