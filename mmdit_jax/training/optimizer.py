@@ -24,8 +24,8 @@ def is_kernel(path: Any) -> bool:
 def is_block_matrix(path: Any) -> bool:
     """True for the matrices inside the blocks, which Muon trains; adaLN stays with AdamW.
 
-    The modulation acts on one vector a sample, and orthogonalising its six matrices a stream costs
-    more than all others together.
+    Orthogonalising its six matrices a stream is a good third of Muon's work; without it the quick
+    start's step takes 16 % less time, and the loss is within 1.5 % (docs/results.md).
     """
     names = _names(path)
     return is_kernel(path) and names[0] in BLOCKS and "adaLN_modulation" not in names
