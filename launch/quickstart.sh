@@ -4,7 +4,7 @@
 # Makes .venv, installs, draws and encodes 16,000 captioned pictures, trains, evaluates, samples.
 # Leaves OUT/samples/grid.png and OUT/results.json (OUT is out/quickstart unless given).
 # Needs python3 >= 3.11 with venv, a network to PyPI, and about ten minutes on two CPU cores.
-# Running it again goes on where it stopped. STEPS=5000 trains longer (give it its own OUT).
+# Running it again goes on where it stopped. STEPS=4800 trains longer (give it its own OUT).
 set -euo pipefail
 started=$SECONDS
 out=$(realpath -m "${1:-out/quickstart}")

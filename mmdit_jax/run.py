@@ -62,7 +62,9 @@ def build(config: Config) -> Parts:
         predict=make_predict(model, formulation),
         conditioning=Conditioning(
             assemble=lambda text, keep: assemble(text, context_width, keep),
-            drop_mask=lambda key, batch: drop_mask(key, batch, config.data.dropout, names),
+            drop_mask=lambda key, batch: drop_mask(
+                key, batch, config.data.dropout, names, together=config.data.dropout_all
+            ),
         ),
     )
 

@@ -4,7 +4,7 @@ A `Spec` is the meaning of a picture, a `Scene` one concrete arrangement of it. 
 
     single      "a small yellow circle"                    one object, with or without a size word
     count       "three green triangles"                    two to four equal objects
-    two_object  "a red circle and a blue square"           two different objects, anyhow arranged
+    two_object  "a red circle and a blue square"           two different objects, in reading order
     position    "a red circle left of a blue square"       two different objects, arranged as told
 
 Every spec has two captions of the same meaning, the "original" and a differently worded
@@ -40,8 +40,8 @@ RELATIONS = ("left of", "right of", "above", "below")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 HELD_OUT_SHARE = 0.15
 
-_PAIR_RADIUS = (0.15, 0.195)
-_COUNT_RADIUS = (0.14, 0.168)
+_PAIR_RADIUS = (0.16, 0.195)
+_COUNT_RADIUS = (0.15, 0.175)
 _NEAR, _FAR = 0.25, 0.75  # where the objects of a picture with several of them stand, before jitter
 _SYNTHETIC_RELATION = {
     "left of": "on its left",
@@ -116,7 +116,7 @@ class Spec(NamedTuple):
         if self.category == "two_object":
             return {
                 "original": f"a {first} and a {second}",
-                "synthetic": f"{second} together with {first}",
+                "synthetic": f"{first} together with {second}",
             }
         return {
             "original": f"a {first} {self.relation} a {second}",
@@ -303,7 +303,8 @@ def _arrange(spec: Spec, draws: _Draws) -> Scene:
         return Scene(spec, (Object(shape, spec.colors[0], (x, y), radius),))
     if spec.category == "count":
         return Scene(spec, _group(spec, draws))
-    relation = spec.relation or draws.one_of(RELATIONS)
+    # Objects are told in reading order, unless the caption says where they are.
+    relation = spec.relation or draws.one_of(("left of", "above"))
     along = draws.between(_NEAR - 0.02, _NEAR + 0.02), draws.between(_FAR - 0.02, _FAR + 0.02)
     if relation in ("right of", "below"):
         along = along[::-1]
@@ -316,18 +317,15 @@ def _arrange(spec: Spec, draws: _Draws) -> Scene:
 
 
 def _group(spec: Spec, draws: _Draws) -> tuple[Object, ...]:
-    """Equal objects: two in a row or column, three in a triangle, four in a square."""
+    """Equal objects: two side by side, three in a triangle, four in a square."""
     middle = 0.5
     layouts = {
-        2: [[(_NEAR, middle), (_FAR, middle)], [(middle, _NEAR), (middle, _FAR)]],
-        3: [
-            [(middle, _NEAR), (_NEAR, _FAR), (_FAR, _FAR)],
-            [(_NEAR, _NEAR), (_FAR, _NEAR), (middle, _FAR)],
-        ],
-        4: [[(_NEAR, _NEAR), (_FAR, _NEAR), (_NEAR, _FAR), (_FAR, _FAR)]],
+        2: [(_NEAR, middle), (_FAR, middle)],
+        3: [(middle, _NEAR), (_NEAR, _FAR), (_FAR, _FAR)],
+        4: [(_NEAR, _NEAR), (_FAR, _NEAR), (_NEAR, _FAR), (_FAR, _FAR)],
     }
     radius = draws.between(*_COUNT_RADIUS)
-    places = draws.one_of(layouts[spec.count])
+    places = layouts[spec.count]
     return tuple(
         Object(
             spec.shapes[0],

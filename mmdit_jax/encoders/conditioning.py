@@ -146,7 +146,12 @@ def zero_outputs(encoders: Mapping[str, Mapping[str, Any]], batch: int) -> dict[
 
 
 def drop_mask(
-    key: jax.Array, batch: int, rate: float, names: Sequence[str] = ENCODER_NAMES
+    key: jax.Array,
+    batch: int,
+    rate: float,
+    names: Sequence[str] = ENCODER_NAMES,
+    *,
+    together: float = 0.0,
 ) -> dict[str, jax.Array]:
     """Which encoder outputs training keeps: one coin per sample and encoder (SD3 paper, App. B.2).
 
@@ -155,6 +160,8 @@ def drop_mask(
         batch: B, the global batch.
         rate: probability of dropping one encoder; 0.464 of three drops all in 10 % of the samples.
         names: the encoders. An encoder's coins do not depend on which others there are.
+        together: probability of dropping all encoders of a sample at once, by a coin of its own:
+            unconditional samples without ones that lack a single encoder.
 
     Returns:
         name -> keep_B bools, as `assemble` takes them.
@@ -162,14 +169,15 @@ def drop_mask(
     Raises:
         ValueError: a rate outside [0, 1] or an unknown encoder.
     """
-    if not 0.0 <= rate <= 1.0:
-        raise ValueError(f"text dropout rate {rate} is no probability; choose one from 0 to 1")
+    for value in (rate, together):
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(f"text dropout rate {value} is no probability; choose one from 0 to 1")
     unknown = sorted(set(names) - set(ENCODER_NAMES))
     if unknown:
         raise ValueError(f"unknown text encoders {unknown}; known are {list(ENCODER_NAMES)}")
-    return {
-        name: jax.random.bernoulli(
-            jax.random.fold_in(key, ENCODER_NAMES.index(name)), 1.0 - rate, (batch,)
-        )
-        for name in names
-    }
+
+    def kept(coin: int, dropped: float) -> jax.Array:
+        return jax.random.bernoulli(jax.random.fold_in(key, coin), 1.0 - dropped, (batch,))
+
+    any_B = kept(len(ENCODER_NAMES), together)
+    return {name: any_B & kept(ENCODER_NAMES.index(name), rate) for name in names}

@@ -35,7 +35,20 @@ def test_the_held_out_split_and_the_sampler_never_change():
     split = repr([tuple(spec) for name in shapes.CATEGORIES for spec in shapes.held_out(name)])
     truth = json.dumps([scene.to_json() for scene in TRAINING[:200]])
     assert hashlib.sha256(split.encode()).hexdigest()[:16] == "175bbaa961e6ea2b"
-    assert hashlib.sha256(truth.encode()).hexdigest()[:16] == "cd69b569e1c97ed8"
+    assert hashlib.sha256(truth.encode()).hexdigest()[:16] == "c229108041c1cad8"
+
+
+def test_two_objects_stand_in_the_order_in_which_they_are_told():
+    pairs = [scene for scene in TRAINING if scene.spec.category == "two_object"]
+    for scene in pairs:
+        (x1, y1), (x2, y2) = (item.center for item in scene.objects)
+        assert [item.shape for item in scene.objects] == list(scene.spec.shapes)
+        assert x2 - x1 > 0.4 or y2 - y1 > 0.4
+        for caption in scene.captions.values():
+            told = [f"{item.color} {item.shape}" for item in scene.objects]
+            assert caption.index(told[0]) < caption.index(told[1])
+    beside = [abs(a.center[0] - b.center[0]) > 0.4 for a, b in (scene.objects for scene in pairs)]
+    assert 0.4 < np.mean(beside) < 0.6
 
 
 def test_training_never_describes_a_held_out_prompt():

@@ -140,6 +140,18 @@ def test_the_papers_rate_drops_every_encoder_in_a_tenth_of_the_samples():
     np.testing.assert_allclose(np.corrcoef(dropped_NB), np.eye(3), atol=5 / samples**0.5)
 
 
+def test_dropping_together_leaves_no_sample_with_a_part_of_its_encoders():
+    samples = 20_000
+    keep = text.drop_mask(jax.random.key(0), samples, 0.0, together=0.1)
+    dropped_NB = ~np.stack([keep[name] for name in text.ENCODER_NAMES])
+    assert (dropped_NB == dropped_NB[0]).all()
+    assert dropped_NB[0].mean() == pytest.approx(0.1, abs=5 * (0.09 / samples) ** 0.5)
+    both = text.drop_mask(jax.random.key(0), samples, 0.3, together=0.1)
+    alone = text.drop_mask(jax.random.key(0), samples, 0.3)
+    for name in text.ENCODER_NAMES:  # the coins of `rate` stay what they are without `together`
+        np.testing.assert_array_equal(both[name], alone[name] & keep[name])
+
+
 def test_the_coins_of_an_encoder_do_not_depend_on_the_others():
     every = text.drop_mask(jax.random.key(3), 64, 0.5)
     alone = text.drop_mask(jax.random.key(3), 64, 0.5, ["t5"])
