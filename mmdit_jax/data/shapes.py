@@ -51,7 +51,7 @@ _SYNTHETIC_RELATION = {
 }
 
 VOCABULARY = (
-    *("a", "and", "group", "in", "it", "its", "of", "on", "together", "with"),
+    *("a", "and", "both", "group", "in", "it", "its", "of", "on", "with"),
     *("small", "large"),
     *COUNTS.values(),
     *COLORS,
@@ -116,7 +116,7 @@ class Spec(NamedTuple):
         if self.category == "two_object":
             return {
                 "original": f"a {first} and a {second}",
-                "synthetic": f"{first} together with {second}",
+                "synthetic": f"both {first} and {second}",
             }
         return {
             "original": f"a {first} {self.relation} a {second}",
