@@ -33,8 +33,10 @@ setup(
         "tpu": ["jax[tpu]"],
         "gpu": ["jax[cuda12]"],
         "test": ["basedpyright", "hypothesis", "pytest", "pytest-xdist", "ruff", "scipy"],
-        "parity": ["diffusers", "torch==2.13.0"],
+        "parity": ["diffusers", "faiss-cpu", "pyarrow", "torch==2.13.0"],
         "plot": ["matplotlib"],
         "beam": ["apache-beam"],
+        "parquet": ["pyarrow"],
+        "dedup": ["faiss-cpu"],
     },
 )

@@ -3,9 +3,10 @@
     # the built-in captioned shapes, with small built-in text encoders (a first look on a CPU)
     python -m data_pipelines.build --source=shapes --output=DATA --resolution=32 --text_length=12
 
-    # your own images with the published text encoders (folders of a diffusers download)
+    # your own images with the published autoencoder and text encoders (a diffusers download)
     python -m data_pipelines.build --source=folder:IMAGES --output=DATA --resolution=256 \\
-        --clip_l=SD3/text_encoder --clip_g=SD3/text_encoder_2 --t5=SD3/text_encoder_3
+        --clip_l=SD3/text_encoder --clip_g=SD3/text_encoder_2 --t5=SD3/text_encoder_3 \\
+        --autoencoder=vae:SD3/vae
 
 A bad file never ends the build: it is left out, and OUTPUT/report.jsonl says why. Run the same
 command again after an interruption: finished shards stay, the rest is made, and the result is the
@@ -18,20 +19,33 @@ import warnings
 
 from absl import flags
 
+from data_pipelines.embeddings import PHASH
 from data_pipelines.pipeline import build
 from data_pipelines.settings import Settings
 from mmdit_jax import command
 from mmdit_jax import config as config_lib
+from mmdit_jax.data.manifest import Manifest
 
 flags.DEFINE_string(
     "source",
     None,
-    "Where the pictures come from: shapes (built in) or folder:DIR (images with captions.jsonl, or "
-    "a .txt beside each; see data_pipelines/folders.py).",
+    "Where the pictures come from: shapes (built in), folder:DIR (images with captions.jsonl, or a "
+    ".txt beside each), jsonl:FILE (lines that name a picture and caption it), webdataset:GLOB "
+    "(tar files), parquet:GLOB (tables) or tfds:NAME[@DATA_DIR]. Each is described at the head of "
+    "its file in data_pipelines/: folders.py, jsonl.py, tars.py, parquet.py, tfds.py.",
     required=True,
 )
 flags.DEFINE_string("output", None, "Folder of the data set, new or begun.", required=True)
 flags.DEFINE_integer("resolution", 256, "Side of the square pictures, a multiple of 16.")
+flags.DEFINE_string(
+    "buckets",
+    "square",
+    "Crops every picture to the square, or (aspect) to the one of many sizes, none larger than the "
+    "square, whose aspect is nearest to its own.",
+)
+flags.DEFINE_integer(
+    "bucket_step", 64, "Of --buckets=aspect: all sides are multiples of it, and it of 16."
+)
 flags.DEFINE_integer("count", None, "Training pictures of --source=shapes; 16,000 if not given.")
 flags.DEFINE_integer(
     "validation_count", None, "Validation pictures; by --validation_fraction if not given."
@@ -53,9 +67,61 @@ flags.DEFINE_integer(
     "Pictures whose shorter side has fewer pixels are dropped; 0 is half of --resolution. Smaller "
     "than the resolution means enlarged, which teaches blur: the report counts them.",
 )
+flags.DEFINE_float(
+    "max_aspect",
+    0.0,
+    "Pictures longer than so many times their width, or wider, are dropped. The longest of "
+    "--buckets=aspect has this aspect, 4 if it is not given.",
+)
+flags.DEFINE_string(
+    "score",
+    "",
+    "Keeps pictures whose scores are so, for example 'aesthetic>=5.0,nsfw<0.2'; the names are keys "
+    "or columns beside the captions.",
+)
+flags.DEFINE_string(
+    "filter",
+    "",
+    "package.module:function of yours, called with a dict about each picture (its fields, name, "
+    "width, height, bytes, captions, synthetic_captions) from several threads: True keeps it, "
+    "False or a string, the reason, drops it.",
+)
+flags.DEFINE_string(
+    "deduplicate",
+    "none",
+    "Keeps only the first of equal files (exact), and of pictures that look alike too (near), or "
+    "all of them (none).",
+)
+flags.DEFINE_string(
+    "embedding",
+    PHASH,
+    "What near copies are compared by: phash (built in), or package.module:function of yours, "
+    "uint8 RGB pictures (B, R, R, 3) -> vectors (B, V).",
+)
+flags.DEFINE_float(
+    "near_threshold",
+    None,
+    "Near copies differ in at most so many of the 189 bits of phash (12 if not given), or have at "
+    "least this cosine similarity in the vectors of your function.",
+)
+flags.DEFINE_integer(
+    "near_clusters", 0, "Near copies are sought in each of so many clusters; 0 chooses."
+)
+flags.DEFINE_string(
+    "image_field", "", "Key, column or feature of the picture, if not under a usual name."
+)
+flags.DEFINE_string("caption_fields", "", "Those of the captions by people, with commas.")
+flags.DEFINE_string("synthetic_fields", "", "Those of the captions by a model, with commas.")
+flags.DEFINE_string("tfds_split", "train", "Split of --source=tfds:NAME, as TFDS writes it.")
 flags.DEFINE_integer("seed", 0, "Of the built-in pictures and the built-in text encoders.")
 flags.DEFINE_string(
-    "autoencoder", "pixels", "What makes the latents: pixels (space-to-depth, nothing learnt)."
+    "autoencoder",
+    "pixels",
+    "What makes the latents: pixels (space-to-depth, nothing learnt) or vae:FOLDER (a KL "
+    "autoencoder of Hugging Face, for example the vae/ of a Stable Diffusion 3 download).",
+)
+flags.DEFINE_string(
+    "autoencoder_dtype", "float32", "Of --autoencoder=vae:FOLDER: float32 or bfloat16."
 )
 flags.DEFINE_integer(
     "pixel_factor",
@@ -88,11 +154,11 @@ def main(argv: list[str]) -> None:
     settings = Settings(
         **{field.name: FLAGS[field.name].value for field in dataclasses.fields(Settings)}
     )
-    build(settings)
-    print(f"\ndata set in {settings.output}; train on it with\n\n    {train_command(settings)}\n")
+    command_line = train_command(settings, build(settings))
+    print(f"\ndata set in {settings.output}; train on it with\n\n    {command_line}\n")
 
 
-def train_command(settings: Settings) -> str:
+def train_command(settings: Settings, manifest: Manifest) -> str:
     """The next command: the config that this data set fits, with what differs from its defaults."""
     lengths = settings.lengths()
     arguments = f"resolution={settings.resolution},text_length={lengths['clip_l']}"
@@ -105,13 +171,17 @@ def train_command(settings: Settings) -> str:
         file = "configs/folder.py"
     else:
         file = "configs/mmdit.py"
-    factor = settings.pixel_factor or config_lib.pixel_factor(settings.resolution)
-    if file == "configs/mmdit.py" or factor != config_lib.pixel_factor(settings.resolution):
-        overrides += [
-            "--config.data.kind=pixels",
-            f"--config.data.factor={factor}",
-            f"--config.model.channels={3 * factor * factor}",
-        ]
+    config = config_lib.default(resolution=settings.resolution)
+    if file != "configs/mmdit.py":
+        config_lib.use_builtin_encoders(config, text_length=lengths["clip_l"])
+    latents = manifest.autoencoder
+    for name, default, value in (
+        ("data.kind", config.data.kind, latents["kind"]),
+        ("data.factor", config.data.factor, latents["factor"]),
+        ("model.channels", config.model.channels, latents["channels"]),
+    ):
+        if value != default:
+            overrides.append(f"--config.{name}={value}")
     output = settings.output.rstrip("/")
     return shlex.join(
         ["python", "-m", "mmdit_jax.train", f"--config={file}:{arguments}"]

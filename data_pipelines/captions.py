@@ -9,7 +9,7 @@ from absl import logging
 
 from data_pipelines.random_encoders import make_random_encoders
 from data_pipelines.samples import Rejected
-from data_pipelines.settings import TEXT_DTYPES, Settings
+from data_pipelines.settings import DTYPES, Settings
 from mmdit_jax.encoders import text
 
 
@@ -40,7 +40,7 @@ def open_text_encoders(
     return text.load_text_encoders(
         paths,
         settings.lengths(),
-        dtype=TEXT_DTYPES[settings.text_dtype],
+        dtype=DTYPES[settings.text_dtype],
         batch_size=settings.batch_size,
     )
 

@@ -8,9 +8,12 @@ pictures moves few others, and copies of one file never stand on both sides.
 
 import dataclasses
 import json
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from data_pipelines.deduplicate import Kept
 from data_pipelines.pictures import Checked, Pictures
 from data_pipelines.progress import Progress
 from data_pipelines.samples import (
@@ -23,6 +26,8 @@ from data_pipelines.samples import (
 )
 from data_pipelines.write import write_json
 
+BLOCK = 2048  # verdicts in one note: what a killed build has to look at again
+
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
@@ -31,7 +36,7 @@ class Splits:
     Attributes:
       train, validation: the usable samples.
       dropped: what cannot be used.
-      duplicates: files that equal an earlier one; they are kept.
+      duplicates: files among them that equal an earlier one.
     """
 
     train: list[Checked]
@@ -45,11 +50,19 @@ class Splits:
         return self.train + self.validation
 
 
-def check(source: Source, pictures: Pictures, options: Options, notes: Path) -> Splits:
+def check(
+    source: Source,
+    pictures: Pictures,
+    options: Options,
+    notes: Path,
+    deduplicate: Callable[[list[Checked]], Kept] = lambda items: Kept(items, []),
+) -> Splits:
     """Divides the usable samples of a source into train and validation.
 
     Args:
-      notes: JSON file that remembers the result, so that a resumed build need not look again.
+      notes: folder of JSON files that remember the verdicts, block by block, so that a resumed
+        build looks at the rest only.
+      deduplicate: picks the samples to keep of the usable ones.
 
     Raises:
       ValueError: the source is not the one that `notes` were taken of.
@@ -62,25 +75,42 @@ def check(source: Source, pictures: Pictures, options: Options, notes: Path) -> 
             splits[sample.split].append(Checked(sample))
         return Splits(splits["train"], splits["validation"], dropped)
 
-    listing = fingerprint(source)
-    verdicts = _read_notes(notes, listing)
-    if verdicts is None:
-        verdicts = []
-        with Progress("checking", len(source.samples)) as progress:
-            for result in pictures.checked(source.samples):
-                rejected = isinstance(result, Rejected)
-                verdicts.append([result.reason, result.detail] if rejected else [result])
-                progress.advance()
     kept = []
-    for sample, verdict in zip(source.samples, verdicts, strict=True):
-        if len(verdict) == 1:
-            kept.append(Checked(sample, verdict[0]))
+    for sample, verdict in zip(source.samples, _verdicts(source, pictures, notes), strict=True):
+        if isinstance(verdict[1], int):
+            kept.append(Checked(sample, *verdict))
         else:
             dropped.append(Dropped(sample.name, *verdict))
-    if kept:
+    if not kept:
         # Nothing is noted of a source without a usable picture: it has to change.
-        write_json(notes, {"listing": listing, "verdicts": verdicts})
-    return _divide(kept, dropped, options)
+        shutil.rmtree(notes, ignore_errors=True)
+    kept, copies = deduplicate(kept)
+    return _divide(kept, dropped + copies, options)
+
+
+def _verdicts(source: Source, pictures: Pictures, notes: Path) -> Iterator[list[Any]]:
+    """For every sample [hash of its file, bucket], or [reason of its drop, particulars]."""
+    listing = fingerprint(source)
+    with Progress("checking", len(source.samples)) as progress:
+        for start in range(0, len(source.samples), BLOCK):
+            block = source.samples[start : start + BLOCK]
+            path = notes / f"{start // BLOCK:06d}.json"
+            verdicts = _read_notes(path, listing)
+            if verdicts is None:
+                verdicts = []
+                for result in pictures.checked(block):
+                    rejected = isinstance(result, Rejected)
+                    verdicts.append(
+                        [result.reason, result.detail]
+                        if rejected
+                        else [result.sha256, result.bucket]
+                    )
+                    progress.advance()
+                notes.mkdir(parents=True, exist_ok=True)
+                write_json(path, {"listing": listing, "verdicts": verdicts}, indent=None)
+            else:
+                progress.skip(len(block))
+            yield from verdicts
 
 
 def _divide(kept: list[Checked], dropped: list[Dropped], options: Options) -> Splits:
@@ -102,7 +132,8 @@ def _read_notes(notes: Path, listing: str) -> list[Any] | None:
     content = json.loads(notes.read_text(encoding="utf-8"))
     if content["listing"] != listing:
         raise ValueError(
-            f"the source holds other files or captions than when {notes.parent.parent} was begun; "
+            "the source holds other files or captions than when "
+            f"{notes.parent.parent.parent} was begun; "
             "restore it, or start again with --overwrite"
         )
     return content["verdicts"]

@@ -17,7 +17,7 @@ from data_pipelines.latents import Autoencoder
 from data_pipelines.pictures import Checked, Picture, Pictures
 from data_pipelines.samples import Dropped, Rejected, Sample
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 """Raise it with every change that alters what is written for the same input."""
 
 
@@ -26,7 +26,9 @@ def encoding_identity(
 ) -> str:
     """What the networks contribute to a content key; arguments as the manifest describes them."""
     texts = {name: [entry["hash"], entry["length"]] for name, entry in text_encoders.items()}
-    return json.dumps([autoencoder["hash"], texts, text_dtype, CODE_VERSION])
+    # Pixels are not computed in any dtype.
+    latents = [autoencoder[name] for name in ("hash", "dtype") if name in autoencoder]
+    return json.dumps([*latents, texts, text_dtype, CODE_VERSION])
 
 
 def content_key(picture: Picture, sample: Sample, identity: str) -> str:

@@ -5,36 +5,25 @@ a line, paths relative to that folder; several lines for one picture add up:
 
     {"file": "cats/0001.jpg", "caption": "a cat on a mat", "synthetic_caption": "A grey cat ..."}
 
-    file | file_name | image                             the picture
-    caption | text | captions                            written by people: a string or a list
-    synthetic | synthetic_caption | synthetic_captions   written by a captioning model: likewise
-
-or, for a picture that no such line names, in a `.txt` of the same name beside it (the whole file is
-one caption). Samples come in sorted order, so that two builds see the same list.
+(data_pipelines/entries.py lists the keys) or, for a picture that no such line names, in a `.txt` of
+the same name beside it (the whole file is one caption). Samples come in sorted order, so that two
+builds see the same list.
 """
 
-import json
 import os
 import posixpath
 import stat
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
+from data_pipelines import entries
 from data_pipelines.samples import Caption, Dropped, Options, Rejected, Sample
 
 IMAGE_EXTENSIONS = frozenset(
     ".avif .bmp .gif .heic .heif .jfif .jp2 .jpe .jpeg .jpg .png .ppm .tif .tiff .webp".split()
 )
 CAPTION_FILES = ("captions.jsonl", "metadata.jsonl")
-FILE_KEYS = ("file", "file_name", "image")
-CAPTION_KEYS = {
-    "caption": "original",
-    "text": "original",
-    "captions": "original",
-    "synthetic": "synthetic",
-    "synthetic_caption": "synthetic",
-    "synthetic_captions": "synthetic",
-}
 MAX_FILE_BYTES = 1 << 30
 
 
@@ -55,7 +44,8 @@ class Folder:
                 f"--source=folder:{directory} holds no image; "
                 f"put files ending in {', '.join(sorted(IMAGE_EXTENSIONS))} there"
             )
-        captions = self._captions(files)
+        self._fields: dict[str, dict[str, Any]] = {}
+        captions = self._captions(files, options)
         used = set(captions)
         self.samples = []
         for name in sorted(used | {name for name in files if _is_image(name)}):
@@ -90,9 +80,10 @@ class Folder:
                     path = os.path.relpath(os.path.join(directory, name), self._root)
                     yield path.replace(os.sep, "/")
 
-    def _captions(self, files: set[str]) -> dict[str, list[Caption]]:
-        """Picture -> the captions that caption files give it."""
+    def _captions(self, files: set[str], options: Options) -> dict[str, list[Caption]]:
+        """Picture -> the captions that caption files give it; fills `_fields` likewise."""
         found: dict[str, list[Caption]] = {}
+        keys = entries.caption_keys(options)
         for file in sorted(files):
             if posixpath.basename(file) not in CAPTION_FILES:
                 continue
@@ -105,61 +96,79 @@ class Folder:
                 if not line.strip():
                     continue
                 try:
-                    entry = _entry(line)
-                    name = self._inside(posixpath.dirname(file), entry)
-                    found.setdefault(name, []).extend(_entry_captions(entry))
+                    entry = entries.parse(line)
+                    name = inside(self._root, posixpath.dirname(file), entry, options)
+                    found.setdefault(name, []).extend(entries.captions_in(entry, keys))
+                    if fields := entries.fields_in(entry, options):
+                        self._fields.setdefault(name, {}).update(fields)
                 except Rejected as error:
                     where = f"{file} line {number}"
                     self.dropped.append(Dropped(where, error.reason, error.detail))
         return found
 
-    def _inside(self, folder: str, entry: dict) -> str:
-        """The picture that a line names, relative to the root.
-
-        The path is judged as written: a link inside the folder may lead where it likes (download
-        caches are made of links), a path that climbs out of the folder may not.
-        """
-        file = next((entry[key] for key in FILE_KEYS if key in entry), None)
-        if not isinstance(file, str) or not file or "\0" in file:
-            raise Rejected("bad_caption", f"needs one of {', '.join(FILE_KEYS)}, a path")
-        if posixpath.isabs(file):
-            name = posixpath.relpath(file, self._root)
-        else:
-            name = posixpath.normpath(posixpath.join(folder, file))
-        if name == ".." or name.startswith("../"):
-            raise Rejected("outside", file)
-        return name
-
     def _sample(
         self, name: str, captions: dict[str, list[Caption]], files: set[str], used: set[str]
     ) -> Sample:
-        path = os.path.join(self._root, name)
-        try:
-            status = os.stat(path)
-        except FileNotFoundError as error:
-            raise Rejected("missing", error.strerror) from error
-        except OSError as error:
-            raise Rejected("unreadable", str(error.strerror)) from error
-        if not stat.S_ISREG(status.st_mode):
-            raise Rejected("unreadable", "not a regular file")
-        if status.st_size > MAX_FILE_BYTES:
-            raise Rejected("too_large", f"{status.st_size} bytes")
+        size = file_size(os.path.join(self._root, name))
         beside = posixpath.splitext(name)[0] + ".txt"
         told = captions.get(name)
         if told is None and beside in files:
             used.add(beside)
-            told = _captions_of(_text(os.path.join(self._root, beside)), "original")
+            told = entries.captions_of(_text(os.path.join(self._root, beside)), "original")
         if not told:
             raise Rejected("no_caption", f"neither {CAPTION_FILES[0]} nor {beside} has one")
-        return Sample(name, tuple(dict.fromkeys(told)), bytes=status.st_size)
+        fields = self._fields.get(name, {})
+        return Sample(name, tuple(dict.fromkeys(told)), bytes=size, fields=fields)
 
     def read(self, sample: Sample) -> bytes:
         """The bytes of the file; raises `Rejected`."""
-        try:
-            with open(os.path.join(self._root, sample.name), "rb") as file:
-                return file.read()
-        except OSError as error:
-            raise Rejected("unreadable", str(error.strerror)) from error
+        return read_file(os.path.join(self._root, sample.name))
+
+
+def file_size(path: str) -> int:
+    """Bytes of a regular file; raises `Rejected` for what cannot be an image file."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError as error:
+        raise Rejected("missing", error.strerror) from error
+    except OSError as error:
+        raise Rejected("unreadable", str(error.strerror)) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise Rejected("unreadable", "not a regular file")
+    if status.st_size > MAX_FILE_BYTES:
+        raise Rejected("too_large", f"{status.st_size} bytes")
+    return status.st_size
+
+
+def read_file(path: str) -> bytes:
+    """The bytes of a file; raises `Rejected`."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise Rejected("unreadable", str(error.strerror)) from error
+
+
+def inside(root: str, folder: str, entry: dict[str, Any], options: Options) -> str:
+    """The picture that an entry names, relative to `root`; raises `Rejected`.
+
+    The path is judged as written: a link inside the folder may lead where it likes (download
+    caches are made of links), a path that climbs out of the folder may not.
+
+    Args:
+      folder: the folder, relative to the root, that a relative path starts from.
+    """
+    keys = (options.image_field,) if options.image_field else entries.FILE_KEYS
+    file = next((entry[key] for key in keys if key in entry), None)
+    if not isinstance(file, str) or not file or "\0" in file:
+        raise Rejected("bad_caption", f"needs one of {', '.join(keys)}, a path")
+    if posixpath.isabs(file):
+        name = posixpath.relpath(file, root)
+    else:
+        name = posixpath.normpath(posixpath.join(folder, file))
+    if name == ".." or name.startswith("../"):
+        raise Rejected("outside", file)
+    return name
 
 
 def _is_image(name: str) -> bool:
@@ -167,43 +176,4 @@ def _is_image(name: str) -> bool:
 
 
 def _text(path: str) -> str:
-    """A UTF-8 text file, with or without a byte order mark."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            return file.read()
-    except OSError as error:
-        raise Rejected("unreadable", str(error.strerror)) from error
-    except UnicodeDecodeError as error:
-        raise Rejected("bad_caption", f"{os.path.basename(path)} is not UTF-8 text") from error
-
-
-def _entry(line: str) -> dict:
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise Rejected("bad_caption", f"not JSON: {error}") from error
-    if not isinstance(entry, dict):
-        raise Rejected("bad_caption", f"a JSON {type(entry).__name__}, each line is an object")
-    return entry
-
-
-def _entry_captions(entry: dict) -> list[Caption]:
-    captions = []
-    for key, kind in CAPTION_KEYS.items():
-        value = entry.get(key)
-        if value is None:
-            continue
-        for text in value if isinstance(value, list) else [value]:
-            if not isinstance(text, str):
-                raise Rejected("bad_caption", f"{key} holds a {type(text).__name__}")
-            captions += _captions_of(text, kind)
-    return captions
-
-
-def _captions_of(text: str, kind: str) -> list[Caption]:
-    text = text.strip()
-    try:
-        text.encode("utf-8")  # JSON can spell half a surrogate pair, which no record can hold
-    except UnicodeEncodeError as error:
-        raise Rejected("bad_caption", "half of a surrogate pair in the text") from error
-    return [Caption(text, kind)] if text else []
+    return entries.text_of(read_file(path), os.path.basename(path))

@@ -2,18 +2,29 @@
 
 import hashlib
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Protocol
 
+import jax
 import numpy as np
 
+from data_pipelines.settings import DTYPES, Settings
+from mmdit_jax import sharding
 from mmdit_jax.encoders import pixels
+from mmdit_jax.encoders.autoencoder import VAE
 
 STATISTICS_PICTURES = 2048
 """Pictures, evenly spaced over the training split, that a shift and scale are measured on."""
 
 
 class Autoencoder(Protocol):
-    """What makes latents of pictures; a frozen network or the plain pixels."""
+    """What makes latents of pictures; a frozen network or the plain pixels.
+
+    Attributes:
+      folder: where its weights are, to find them again for sampling; None if it has none.
+    """
+
+    folder: Path | None
 
     def fit(self, pictures_HWC: Iterable[np.ndarray]) -> None:
         """Measures shift and scale; one that has its own reads no picture."""
@@ -24,12 +35,15 @@ class Autoencoder(Protocol):
         ...
 
     def describe(self) -> dict[str, Any]:
-        """The manifest's entry: id, hash, factor, channels, scale, shift, kind."""
+        """The manifest's entry: id, hash, factor, channels, scale, shift, kind; of a network also
+        the dtype it computes in."""
         ...
 
 
 class Pixels:
     """Space-to-depth by `factor`, nothing else; records keep uint8 (mmdit_jax.encoders.pixels)."""
+
+    folder = None
 
     def __init__(self, factor: int):
         self._factor, self._shift, self._scale = factor, 0.0, 1.0
@@ -64,15 +78,28 @@ class Pixels:
         }
 
 
-def _pixels(argument: str, resolution: int, pixel_factor: int) -> Autoencoder:
+class KL(VAE):
+    """A KL autoencoder; records keep float32 moments (mmdit_jax.encoders.autoencoder)."""
+
+    def fit(self, pictures_HWC: Iterable[np.ndarray]) -> None:
+        """Its config.json says shift and scale."""
+
+
+def _pixels(argument: str, settings: Settings) -> Autoencoder:
     if argument:
         raise ValueError(
             f"--autoencoder=pixels:{argument} has an argument, pixels take none; "
             "use --autoencoder=pixels with --pixel_factor"
         )
+    if settings.autoencoder_dtype != "float32":
+        raise ValueError(
+            f"--autoencoder_dtype={settings.autoencoder_dtype} is for --autoencoder=vae:FOLDER; "
+            "pixels are not computed, leave it out"
+        )
+    resolution = settings.resolution
     # 16 positions on a side are the fewest that a patch size of 2 makes a real grid of.
     automatic = max(f for f in (1, 2, 4, 8) if f == 1 or resolution // f >= 16)
-    factor = pixel_factor or automatic
+    factor = settings.pixel_factor or automatic
     if resolution % factor:
         raise ValueError(
             f"--pixel_factor={factor} does not divide --resolution={resolution}; "
@@ -81,16 +108,43 @@ def _pixels(argument: str, resolution: int, pixel_factor: int) -> Autoencoder:
     return Pixels(factor)
 
 
-AUTOENCODERS = {"pixels": _pixels}
+def _vae(argument: str, settings: Settings) -> Autoencoder:
+    if not argument:
+        raise ValueError(
+            f"--autoencoder={settings.autoencoder} names no folder; use --autoencoder=vae:FOLDER"
+        )
+    if settings.pixel_factor:
+        raise ValueError(
+            f"--pixel_factor={settings.pixel_factor} is for --autoencoder=pixels; leave it out"
+        )
+    autoencoder = KL(
+        argument,
+        dtype=DTYPES[settings.autoencoder_dtype],
+        batch_size=settings.batch_size,
+        # The devices of this process share every batch.
+        mesh=sharding.make_mesh(devices=jax.local_devices()),
+    )
+    if settings.resolution % autoencoder.config.factor:
+        raise ValueError(
+            f"--resolution={settings.resolution} is no multiple of the factor "
+            f"{autoencoder.config.factor} of --autoencoder={settings.autoencoder}; use one"
+        )
+    return autoencoder
 
 
-def open_autoencoder(spec: str, resolution: int, pixel_factor: int) -> Autoencoder:
+AUTOENCODERS = {"pixels": _pixels, "vae": _vae}
+
+
+def open_autoencoder(settings: Settings) -> Autoencoder:
     """`--autoencoder` -> the autoencoder.
 
     Raises:
-      ValueError: no such autoencoder, or one that does not fit the resolution.
+      ValueError: no such autoencoder, or one that does not fit the other settings.
+      FileNotFoundError: its folder or files are missing.
     """
-    name, _, argument = spec.partition(":")
+    name, _, argument = settings.autoencoder.partition(":")
     if name not in AUTOENCODERS:
-        raise ValueError(f"--autoencoder={spec} is unknown; use one of {', '.join(AUTOENCODERS)}")
-    return AUTOENCODERS[name](argument, resolution, pixel_factor)
+        raise ValueError(
+            f"--autoencoder={settings.autoencoder} is unknown; use one of {', '.join(AUTOENCODERS)}"
+        )
+    return AUTOENCODERS[name](argument, settings)

@@ -3,23 +3,33 @@
 import hashlib
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from data_pipelines import images
+from data_pipelines.filters import Rules
 from data_pipelines.samples import Rejected, Sample, Source
+from mmdit_jax.data.buckets import nearest
+from mmdit_jax.data.manifest import Bucket
 
 TOGETHER = 8  # pictures per task: handing over a small one costs as much as decoding it
 
 
 class Checked(NamedTuple):
-    """A sample and the sha256 of its file; "" if the source draws it and nobody looked before."""
+    """A sample that can be used.
+
+    Attributes:
+      sample: the sample.
+      sha256: of its file; "" if the source draws it and nobody looked before.
+      bucket: index of the picture size whose aspect is nearest to its own.
+    """
 
     sample: Sample
     sha256: str = ""
+    bucket: int = 0
 
 
 class Picture(NamedTuple):
@@ -39,7 +49,7 @@ class Picture(NamedTuple):
 
 
 class Pictures:
-    """The pictures of a source, at the size `target` (h, w).
+    """The pictures of a source, each at the one of some sizes that its aspect is nearest to.
 
     Pillow decodes outside Python's global lock, so threads are enough. A picture's own faults come
     back as a `Rejected` in its place; nothing else is swallowed.
@@ -50,16 +60,22 @@ class Pictures:
         source: Source,
         pool: ThreadPoolExecutor,
         *,
-        target: tuple[int, int],
-        min_size: int,
+        sizes: Sequence[Bucket],
+        rules: Rules,
         window: int,
     ):
         """`window`: how many pictures are under way at once, which bounds the memory."""
         self._source, self._pool, self._window = source, pool, window
-        self._target, self._min_size = target, min_size
+        self._sizes, self._rules = sizes, rules
 
-    def checked(self, samples: Iterable[Sample]) -> Iterator[str | Rejected]:
-        """The sha256 of each file, in order; only pictures that decode have one."""
+    def at_size(self, size: Bucket) -> "Pictures":
+        """The same pictures, all at one size."""
+        return Pictures(
+            self._source, self._pool, sizes=(size,), rules=self._rules, window=self._window
+        )
+
+    def checked(self, samples: Iterable[Sample]) -> Iterator[Checked | Rejected]:
+        """Looks at each file, in order; accepts pictures that decode and are wanted."""
         return self._in_order(self._check, samples)
 
     def prepared(self, items: Iterable[Checked]) -> Iterator[Picture | Rejected]:
@@ -70,15 +86,21 @@ class Pictures:
         """
         return self._in_order(self._prepare, items)
 
-    def _check(self, sample: Sample) -> str | Rejected:
+    def _check(self, sample: Sample) -> Checked | Rejected:
         try:
+            self._rules.before(sample)
             data = self._source.read(sample)
-            images.check_size(images.decode(data), self._min_size)
+            # However much a JPEG is reduced, all of its file is unpacked: damage shows.
+            size = images.decode(data, (1, 1)).size
+            self._rules.after(sample, size)
         except Rejected as rejected:
             return rejected
-        return hashlib.sha256(data).hexdigest()
+        return Checked(sample, hashlib.sha256(data).hexdigest(), nearest(self._sizes, *size))
 
     def _prepare(self, item: Checked) -> Picture | Rejected:
+        # Of one size there is no choice, whatever the item was checked for.
+        bucket = self._sizes[item.bucket if len(self._sizes) > 1 else 0]
+        target = bucket.height, bucket.width
         try:
             data = self._source.read(item.sample)
             sha256 = hashlib.sha256(data).hexdigest()
@@ -87,13 +109,12 @@ class Pictures:
                     f"{item.sample.name} changed while the data set was being built; "
                     "leave the source alone and start again with --overwrite"
                 )
-            image = images.decode(data)
-            images.check_size(image, self._min_size)
+            image, size, scale = images.decode(data, target)
+            self._rules.check_size(size)
         except Rejected as rejected:
             return rejected
-        size = (image.height, image.width)
-        crop = images.centre_crop(size, self._target)
-        return Picture(images.resize(image, crop, self._target), size, crop, sha256)
+        crop = images.centre_crop(size, target)
+        return Picture(images.resize(image, crop, target, scale), size, crop, sha256)
 
     def _in_order(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
         def several(some: list[Any]) -> list[Any]:

@@ -1,8 +1,9 @@
 """The build from end to end: list, check, encode, write. `data_pipelines.build` is its command."""
 
 import dataclasses
+import functools
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax
 import PIL
 from absl import logging
 
-from data_pipelines import report
+from data_pipelines import drops
 from data_pipelines.captions import (
     CaptionTable,
     caption_bytes,
@@ -18,6 +19,7 @@ from data_pipelines.captions import (
     recorded_path,
 )
 from data_pipelines.check import Splits, check
+from data_pipelines.deduplicate import Kept, drop_copies, drop_near
 from data_pipelines.encode import CODE_VERSION, Encoded, encode_samples, encoding_identity
 from data_pipelines.latents import STATISTICS_PICTURES, Autoencoder, open_autoencoder
 from data_pipelines.pictures import TOGETHER, Checked, Picture, Pictures
@@ -25,8 +27,8 @@ from data_pipelines.progress import Progress
 from data_pipelines.samples import Dropped, Options
 from data_pipelines.settings import Settings
 from data_pipelines.sources import open_source
-from data_pipelines.write import ENCODERS, SUFFIX, Finished, Output
-from mmdit_jax.data.manifest import Bucket, Manifest
+from data_pipelines.write import ENCODERS, INDEX, SUFFIX, Finished, Output
+from mmdit_jax.data.manifest import Manifest
 from mmdit_jax.data.records import ShardWriter
 from mmdit_jax.encoders import text
 
@@ -51,7 +53,9 @@ def build(settings: Settings) -> Manifest:
 
 
 def _build(settings: Settings, output: Output) -> Manifest:
-    autoencoder = open_autoencoder(settings.autoencoder, settings.resolution, settings.pixel_factor)
+    autoencoder = open_autoencoder(settings)
+    _refuse_sizes(settings, autoencoder.describe()["factor"])
+    rules = settings.rules()
     options = Options(
         settings.resolution,
         settings.seed,
@@ -59,6 +63,12 @@ def _build(settings: Settings, output: Output) -> Manifest:
         settings.validation_count,
         settings.validation_fraction,
         exclude=settings.output,
+        index=str(output.note_folder(INDEX)),
+        fields=rules.fields,
+        image_field=settings.image_field,
+        caption_fields=settings.listed("caption_fields"),
+        synthetic_fields=settings.listed("synthetic_fields"),
+        tfds_split=settings.tfds_split,
     )
     source = open_source(settings.source, options)
     workers = settings.workers or min(32, os.cpu_count() or 1)
@@ -66,28 +76,51 @@ def _build(settings: Settings, output: Output) -> Manifest:
         pictures = Pictures(
             source,
             pool,
-            target=(settings.resolution, settings.resolution),
-            min_size=settings.smallest(),
+            sizes=settings.sizes(),
+            rules=rules,
             # Enough under way to keep the threads busy while a batch is encoded.
             window=settings.batch_size + 2 * TOGETHER * workers,
         )
-        splits = check(source, pictures, options, output.note_path("checked"))
+        select = functools.partial(_deduplicate, settings, output, pictures)
+        splits = check(source, pictures, options, output.note_folder("checked"), select)
         _refuse_nothing(splits, settings, output)
         return _encode_and_write(settings, output, splits, pictures, autoencoder, source.ignored)
+
+
+def _refuse_sizes(settings: Settings, factor: int) -> None:
+    """Raises ValueError if a side of a bucket is no multiple of the autoencoder's factor."""
+    if any(size.height % factor or size.width % factor for size in settings.sizes()):
+        raise ValueError(
+            f"--bucket_step={settings.bucket_step} is no multiple of the factor {factor} of "
+            f"--autoencoder={settings.autoencoder}; use one"
+        )
+
+
+def _deduplicate(
+    settings: Settings, output: Output, pictures: Pictures, items: list[Checked]
+) -> Kept:
+    """What --deduplicate says."""
+    embedding = settings.open_embedding()
+    kept = drop_copies(items) if settings.deduplicate != "none" else Kept(items, [])
+    if settings.deduplicate != "near" or not kept.items:
+        return kept
+    notes, clusters = output.note_folder("embedded"), settings.near_clusters
+    near = drop_near(kept.items, pictures, embedding, clusters, notes)
+    return Kept(near.items, kept.dropped + near.dropped)
 
 
 def _refuse_nothing(splits: Splits, settings: Settings, output: Output) -> None:
     """Raises ValueError if no training picture is left; the report says why."""
     if splits.train:
         return
-    report.write_dropped(output.path, splits.dropped)
+    drops.write_dropped(output.path, splits.dropped)
     if splits.validation:
         raise ValueError(
             f"--source={settings.source} has {len(splits.validation)} usable pictures and all of "
             "them would validate; add pictures, or lower --validation_count"
         )
     raise ValueError(
-        f"--source={settings.source} has no usable picture ({report.counts(splits.dropped)}); "
+        f"--source={settings.source} has no usable picture ({drops.counts(splits.dropped)}); "
         f"{output.path / 'report.jsonl'} says why for each"
     )
 
@@ -129,7 +162,12 @@ def _encode_and_write(
     output.same_as_before("networks", described, remedy)
 
     finished = _write_shards(settings, output, splits, pictures, networks)
+    sizes = settings.sizes()
+    counts = [0] * len(sizes)
+    for shard in (each.shard for shards in finished.values() for each in shards if each.shard):
+        counts[shard.bucket] += shard.records
     facts = {
+        "buckets": {str(size): count for size, count in zip(sizes, counts, strict=True)},
         "exact_duplicates": splits.duplicates,
         "ignored_files": dict(sorted(ignored.items())),
         "captions": {
@@ -165,8 +203,8 @@ def _write_shards(
     finished: dict[str, list[Finished]] = {"train": [], "validation": []}
     with Progress("encoding", len(splits.items)) as progress:
         for split, items in (("train", splits.train), ("validation", splits.validation)):
-            for number, start in enumerate(range(0, len(items), per_shard)):
-                file, part = f"{split}-{number:05d}{SUFFIX}", items[start : start + per_shard]
+            for number, part in enumerate(_parts(items, per_shard)):
+                file, bucket = f"{split}-{number:05d}{SUFFIX}", part[0].bucket
                 shard = output.read_shard_note(file)
                 if shard is None:
                     encoded = encode_samples(
@@ -177,11 +215,20 @@ def _write_shards(
                         identity=identity,
                         batch_size=settings.batch_size,
                     )
-                    shard = _write_shard(output, file, encoded, progress)
+                    shard = _write_shard(output, file, bucket, encoded, progress)
                 else:
                     progress.skip(len(part))
                 finished[split].append(shard)
     return finished
+
+
+def _parts(items: Sequence[Checked], per_shard: int) -> Iterator[list[Checked]]:
+    """The items of each shard: bucket by bucket, in order within a bucket."""
+    buckets: dict[int, list[Checked]] = {}
+    for item in items:
+        buckets.setdefault(item.bucket, []).append(item)
+    for _, same in sorted(buckets.items()):
+        yield from (same[start : start + per_shard] for start in range(0, len(same), per_shard))
 
 
 def _captions(items: Sequence[Checked]) -> list[str]:
@@ -189,11 +236,11 @@ def _captions(items: Sequence[Checked]) -> list[str]:
 
 
 def _write_shard(
-    output: Output, file: str, encoded: Iterable[Encoded], progress: Progress
+    output: Output, file: str, bucket: int, encoded: Iterable[Encoded], progress: Progress
 ) -> Finished:
     """Writes the records that there are, and then the note that the shard is finished."""
     dropped, enlarged = [], 0
-    with ShardWriter(output.path, file) as writer:
+    with ShardWriter(output.path, file, bucket=bucket) as writer:
         for result in encoded:
             if result.dropped:
                 dropped.append(list(result.dropped))
@@ -224,11 +271,11 @@ def _report(
         for split, split_shards in finished.items()
     }
     facts = {"enlarged": sum(each.enlarged for each in shards), **facts}
-    print(report.summary(report.write_report(output.path, kept, dropped, facts)))
+    print(drops.summary(drops.write_report(output.path, kept, dropped, facts)))
     if not kept["train"]:
         raise ValueError(
             f"none of {len(splits.train)} training pictures could be encoded "
-            f"({report.counts(dropped)}); {output.path / 'report.jsonl'} says why for each"
+            f"({drops.counts(dropped)}); {output.path / 'report.jsonl'} says why for each"
         )
 
 
@@ -239,6 +286,9 @@ def _manifest(
     networks: _Networks,
     versions: Mapping[str, Any],
 ) -> Manifest:
+    autoencoder = dict(networks.latents)
+    if networks.autoencoder.folder is not None:
+        autoencoder["path"] = os.path.abspath(networks.autoencoder.folder)
     given = settings.text_paths()
     text_encoders = {
         name: {
@@ -252,8 +302,8 @@ def _manifest(
             split: tuple(each.shard for each in shards if each.shard)
             for split, shards in finished.items()
         },
-        buckets=(Bucket(settings.resolution, settings.resolution),),
-        autoencoder=networks.latents,
+        buckets=settings.sizes(),
+        autoencoder=autoencoder,
         text_encoders=text_encoders,
         resolution=settings.resolution,
         source=settings.source,

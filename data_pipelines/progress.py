@@ -15,8 +15,11 @@ class Progress:
     ...     progress.advance()
     """
 
-    def __init__(self, label: str, total: int, stream: TextIO | None = None):
-        """`total`: how many there are, for the bar and the time left."""
+    def __init__(
+        self, label: str, total: int, stream: TextIO | None = None, *, unit: str = "pictures"
+    ):
+        """`total`: how many there are, for the bar and the time left; `unit`: what is counted."""
+        self._unit = unit
         self._label, self._total, self._done, self._skipped = label, total, 0, 0
         self._stream = stream or sys.stderr
         self._terminal = self._stream.isatty()
@@ -38,7 +41,7 @@ class Progress:
 
     def _show(self, now: float) -> None:
         rate = (self._done - self._skipped) / max(now - self._start, 1e-9)
-        line = f"{self._label} {self._done:,}/{self._total:,}  {rate:,.0f} pictures/s"
+        line = f"{self._label} {self._done:,}/{self._total:,}  {rate:,.0f} {self._unit}/s"
         left = self._total - self._done
         if left > 0 and rate > 0:
             line += f"  {_clock(left / rate)} left"

@@ -1,85 +1,54 @@
-"""What a build tells afterwards: report.jsonl (every dropped file), report.json and a summary."""
+"""Describes a finished data set: prints it, and writes DIR/report.html with pictures.
 
-import json
+    python -m data_pipelines.report DIR --images=24
+
+Counts, what was dropped and why, sizes, lengths of the captions, mean and deviation of the latents
+as training sees them (near 0 and 1 on the whole), bytes per sample, and pictures decoded back from
+their latents: what the model learns from, not what the source held.
+"""
+
 import os
-from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from data_pipelines.samples import REASONS, Dropped
-from data_pipelines.write import write_json
+from absl import flags
 
-EXAMPLES = 5
+from data_pipelines.page import write_page
+from data_pipelines.statistics import decode_examples, describe, gather
+from mmdit_jax import command
 
+flags.DEFINE_integer("images", 24, "Pictures in report.html.")
+flags.DEFINE_integer(
+    "samples", 2000, "Records that are read, evenly spaced, for what is not counted in full."
+)
+flags.DEFINE_string(
+    "autoencoder", "", "Folder of the VAE, if it is not where the data set says it was."
+)
 
-def write_dropped(directory: Path, dropped: list[Dropped]) -> None:
-    """Lists every dropped file in report.jsonl: {"file", "reason", "detail"}."""
-    path = directory / "report.jsonl"
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        for name, reason, detail in dropped:
-            file.write(json.dumps({"file": name, "reason": reason, "detail": detail}) + "\n")
-    os.replace(partial, path)
-
-
-def write_report(
-    directory: Path, kept: Mapping[str, int], dropped: list[Dropped], facts: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Writes report.json and report.jsonl.
-
-    Args:
-      kept: split -> records.
-      facts: whatever else is worth keeping.
-
-    Returns:
-      The content of report.json.
-    """
-    reasons = {}
-    for reason, meaning in REASONS.items():
-        cases = [case for case in dropped if case.reason == reason]
-        if cases:
-            examples = [{"file": case.name, "detail": case.detail} for case in cases[:EXAMPLES]]
-            reasons[reason] = {"count": len(cases), "meaning": meaning, "examples": examples}
-    report = {"kept": dict(kept), "dropped": reasons, **facts}
-    write_dropped(directory, dropped)
-    write_json(directory / "report.json", report)
-    return report
+FLAGS = flags.FLAGS
 
 
-def counts(dropped: list[Dropped]) -> str:
-    """ "corrupt 3, no_caption 9", the most frequent first."""
-    found = Counter(case.reason for case in dropped)
-    return ", ".join(f"{reason} {count:,}" for reason, count in found.most_common())
+def main(argv: list[str]) -> None:
+    """Prints the report and writes the page."""
+    if len(argv) < 2:
+        raise ValueError("no data set given; use python -m data_pipelines.report DIR")
+    for name, value, least in (("images", FLAGS.images, 0), ("samples", FLAGS.samples, 1)):
+        if value < least:
+            raise ValueError(f"--{name}={value} is too small; use {least} or more")
+    directory = Path(argv[1])
+    statistics = gather(directory, FLAGS.samples)
+    print(describe(statistics))
+    examples, why_not = decode_examples(directory, FLAGS.images, FLAGS.autoencoder)
+    if why_not:
+        print(f"no pictures: {why_not}")
+    page = directory / "report.html"
+    try:
+        write_page(page, statistics, examples, why_not)
+    except OSError as error:
+        raise ValueError(
+            f"{page} cannot be written ({error.strerror}); make the folder writable"
+        ) from error
+    print(f"\n{os.fspath(page)}")
 
 
-def summary(report: Mapping[str, Any]) -> str:
-    """The report for a person, a few lines."""
-    kept = ", ".join(f"{count:,} {split}" for split, count in report["kept"].items())
-    lines = [f"kept     {kept}"]
-    for reason, entry in report["dropped"].items():
-        lines.append(f"dropped  {entry['count']:,} {reason}: {entry['meaning']}")
-        lines += [
-            f"           {_printable(case['file'])}  ({_printable(case['detail'])})"
-            for case in entry["examples"]
-        ]
-        if entry["count"] > len(entry["examples"]):
-            lines.append("           ... all of them in report.jsonl")
-    captions = report["captions"]
-    lines.append(f"captions {captions['total']:,}, {captions['unique']:,} of them different")
-    for name, count in captions["truncated"].items():
-        if count:
-            lines.append(
-                f"         {count:,} are longer than the {captions['length'][name]} tokens of "
-                f"{name} and were cut (--text_length)"
-            )
-    if report["enlarged"]:
-        lines.append(f"enlarged {report['enlarged']:,} pictures smaller than the resolution")
-    if report["exact_duplicates"]:
-        lines.append(f"copies   {report['exact_duplicates']:,} files equal another one (kept)")
-    return "\n".join(lines)
-
-
-def _printable(text: str) -> str:
-    # A file name may hold any bytes, and those must not steer the terminal.
-    return text if text.isprintable() else ascii(text)
+if __name__ == "__main__":
+    command.run(main, positional=1)

@@ -4,7 +4,8 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
 
 REASONS = {
     "unreadable": "the file could not be read",
@@ -17,6 +18,14 @@ REASONS = {
     "bad_caption": "a caption file or line that cannot be used",
     "outside": "the path leads out of the source folder",
     "missing": "named in a caption file but not there",
+    "corrupt_shard": "a tar or Parquet file that is damaged or cut off; what could be read is kept",
+    "duplicate_key": "its key came before in the same tar file; the first one is kept",
+    "no_score": "lacks a number that --score compares",
+    "score": "excluded by --score",
+    "aspect": "longer and narrower than --max_aspect",
+    "filter": "excluded by the function of --filter",
+    "duplicate": "the same file as an earlier one (--deduplicate)",
+    "near_duplicate": "looks like an earlier picture (--deduplicate=near)",
 }
 """Why a picture is dropped -> what that means, for the report."""
 
@@ -46,6 +55,8 @@ class Sample:
       bytes: size of the file, 0 if it is not a file.
       split: "train" or "validation" if the source decides, "" if the build may.
       objects: ground truth of the picture as JSON, or "".
+      location: where the bytes are, for a source that keeps many pictures in one file.
+      fields: what else the source says of it, as far as --score or --filter ask.
     """
 
     name: str
@@ -53,6 +64,8 @@ class Sample:
     bytes: int = 0
     split: str = ""
     objects: str = ""
+    location: tuple[int, ...] = ()
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Dropped(NamedTuple):
@@ -65,7 +78,16 @@ class Dropped(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the build's flags say to a source."""
+    """What the build's flags say to a source.
+
+    Attributes:
+      exclude: folder that is no part of the source.
+      index: folder where a source of many shards may keep what it found in them; "" keeps nothing.
+      fields: names of the further fields to keep of a sample; None keeps all.
+      image_field, caption_fields, synthetic_fields: where the picture and its captions are, if not
+        under the usual names (data_pipelines/entries.py).
+      tfds_split: split of a TFDS data set.
+    """
 
     resolution: int
     seed: int = 0
@@ -73,6 +95,12 @@ class Options:
     validation_count: int | None = None
     validation_fraction: float = 0.05
     exclude: str = ""
+    index: str = ""
+    fields: frozenset[str] | None = frozenset()
+    image_field: str = ""
+    caption_fields: tuple[str, ...] = ()
+    synthetic_fields: tuple[str, ...] = ()
+    tfds_split: str = "train"
 
 
 class Source(Protocol):
@@ -90,8 +118,11 @@ class Source(Protocol):
 def fingerprint(source: Source) -> str:
     """Hex hash of everything a source lists, to notice that it changed between two runs."""
     digest = hashlib.sha256()
+    names = [field.name for field in dataclasses.fields(Sample)]
     for sample in source.samples:
-        digest.update(json.dumps(dataclasses.astuple(sample)).encode())
+        # Not dataclasses.astuple, whose deep copies take longer than the rest of a large listing.
+        listed = [getattr(sample, name) for name in names]
+        digest.update(json.dumps(listed).encode())
     return digest.hexdigest()
 
 

@@ -5,7 +5,15 @@ from typing import Any
 
 import jax.numpy as jnp
 
-TEXT_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+from data_pipelines.embeddings import PHASH, Embedding, open_embedding
+from data_pipelines.filters import Rules
+from mmdit_jax.data.buckets import aspect_buckets
+from mmdit_jax.data.manifest import Bucket
+
+BUCKETS = ("square", "aspect")
+LONGEST = 4.0  # aspect of the longest bucket, if --max_aspect does not say; SDXL's
+DEDUPLICATE = ("none", "exact", "near")
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,13 +23,27 @@ class Settings:
     source: str
     output: str
     resolution: int = 256
+    buckets: str = "square"
+    bucket_step: int = 64
     count: int | None = None
     validation_count: int | None = None
     validation_fraction: float = 0.05
     synthetic_fraction: float = 0.5
     min_size: int = 0
+    max_aspect: float = 0.0
+    score: str = ""
+    filter: str = ""
+    deduplicate: str = "none"
+    embedding: str = PHASH
+    near_threshold: float | None = None
+    near_clusters: int = 0
+    image_field: str = ""
+    caption_fields: str = ""
+    synthetic_fields: str = ""
+    tfds_split: str = "train"
     seed: int = 0
     autoencoder: str = "pixels"
+    autoencoder_dtype: str = "float32"
     pixel_factor: int = 0
     clip_l: str = ""
     clip_g: str = ""
@@ -52,6 +74,29 @@ class Settings:
         paths = {"clip_l": self.clip_l, "clip_g": self.clip_g, "t5": self.t5}
         return paths if any(paths.values()) else {}
 
+    def listed(self, name: str) -> tuple[str, ...]:
+        """The parts of a setting that is a list with commas."""
+        return tuple(part.strip() for part in getattr(self, name).split(",") if part.strip())
+
+    def rules(self) -> Rules:
+        """Which pictures are wanted; raises ValueError."""
+        return Rules(
+            min_size=self.smallest(),
+            max_aspect=self.max_aspect,
+            score=self.score,
+            function=self.filter,
+        )
+
+    def sizes(self) -> tuple[Bucket, ...]:
+        """The picture sizes of the data set; raises ValueError."""
+        if self.buckets == "square":
+            return (Bucket(self.resolution, self.resolution),)
+        return aspect_buckets(self.resolution, self.bucket_step, self.max_aspect or LONGEST)
+
+    def open_embedding(self) -> Embedding:
+        """What near copies are compared by; raises ValueError."""
+        return open_embedding(self.embedding, self.near_threshold, self.resolution)
+
     def smallest(self) -> int:
         """Pixels that the shorter side of a picture must have."""
         return self.min_size or self.resolution // 2
@@ -65,7 +110,7 @@ class Settings:
             )
         at_least = {"count": 1, "validation_count": 0, "min_size": 0, "pixel_factor": 0}
         at_least |= {"text_length": 2, "clip_length": 0, "t5_length": 0, "batch_size": 1}
-        at_least |= {"records_per_shard": 0, "workers": 0, "seed": 0}
+        at_least |= {"near_clusters": 0, "records_per_shard": 0, "workers": 0, "seed": 0}
         for name, least in at_least.items():
             value = getattr(self, name)
             if value is not None and value < least:
@@ -74,13 +119,52 @@ class Settings:
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ValueError(f"--{name}={value} is not a fraction; use a number from 0 to 1")
-        if self.text_dtype not in TEXT_DTYPES:
+        if self.max_aspect and self.max_aspect < 1:
             raise ValueError(
-                f"--text_dtype={self.text_dtype} is unknown; use {' or '.join(TEXT_DTYPES)}"
+                f"--max_aspect={self.max_aspect:g} is the longer side over the shorter one; "
+                "use 1 or more, or 0 for any"
             )
+        if self.deduplicate not in DEDUPLICATE:
+            raise ValueError(
+                f"--deduplicate={self.deduplicate} is unknown; use {', '.join(DEDUPLICATE)}"
+            )
+        if self.buckets not in BUCKETS:
+            raise ValueError(f"--buckets={self.buckets} is unknown; use {' or '.join(BUCKETS)}")
+        if self.bucket_step < 16 or self.bucket_step % 16:
+            raise ValueError(
+                f"--bucket_step={self.bucket_step} is no multiple of 16 (autoencoder 8 x patch 2); "
+                f"use {max(16, round(self.bucket_step / 16) * 16)}"
+            )
+        self._refuse_without_effect()
+        self.sizes()
+        self.rules()
+        self.open_embedding()
+        for name in ("text_dtype", "autoencoder_dtype"):
+            if getattr(self, name) not in DTYPES:
+                raise ValueError(
+                    f"--{name}={getattr(self, name)} is unknown; use {' or '.join(DTYPES)}"
+                )
         missing = [f"--{name}" for name, path in self.text_paths().items() if not path]
         if missing:
             raise ValueError(
                 f"{' and '.join(missing)} not given although another text encoder is; "
                 "give all three folders, or none for the small built-in ones"
             )
+
+    def _refuse_without_effect(self) -> None:
+        """Raises ValueError for a setting that the others leave without effect."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        without = []
+        if self.source.partition(":")[0] == "shapes":
+            names = ("buckets", "max_aspect", "score", "filter", "deduplicate", "image_field")
+            names += ("caption_fields", "synthetic_fields", "tfds_split")
+            without = [(name, "--source=shapes draws what it shows") for name in names]
+        if self.buckets == "square":
+            without.append(("bucket_step", "it needs --buckets=aspect"))
+        if self.deduplicate != "near":
+            names = ("embedding", "near_threshold", "near_clusters")
+            without += [(name, "it needs --deduplicate=near") for name in names]
+        for name, why in without:
+            if getattr(self, name) != defaults[name]:
+                value = getattr(self, name)
+                raise ValueError(f"--{name}={value} has no effect: {why}; leave it out")

@@ -1,7 +1,11 @@
 """Where captioned pictures come from, by the name that `--source` gives.
 
-    shapes        the built-in captioned pictures (mmdit_jax/data/shapes.py), drawn as PNG files
-    folder:DIR    a folder of images with captions (data_pipelines/folders.py)
+    shapes                the built-in captioned pictures (mmdit_jax/data/shapes.py), drawn
+    folder:DIR            a folder of images with captions (data_pipelines/folders.py)
+    jsonl:FILE            lines that name a picture and caption it (data_pipelines/jsonl.py)
+    webdataset:GLOB       tar files (data_pipelines/tars.py)
+    parquet:GLOB          tables (data_pipelines/parquet.py)
+    tfds:NAME[@DATA_DIR]  what TensorFlow Datasets has prepared (data_pipelines/tfds.py)
 
 A source lists its samples in a fixed order and reads the bytes of one: everything after that is the
 same for all of them.
@@ -14,7 +18,11 @@ from collections import Counter
 from PIL import Image
 
 from data_pipelines.folders import Folder
+from data_pipelines.jsonl import Lines
+from data_pipelines.parquet import Parquet
 from data_pipelines.samples import Caption, Dropped, Options, Sample, Source, validation_size
+from data_pipelines.tars import Tars
+from data_pipelines.tfds import Tfds
 from mmdit_jax.data import shapes
 
 
@@ -59,17 +67,21 @@ def _shapes(argument: str, options: Options) -> Source:
     return Shapes(options)
 
 
-def _folder(argument: str, options: Options) -> Source:
-    if not argument:
-        raise ValueError("--source=folder names no folder; use --source=folder:DIR")
-    if options.count is not None:
-        raise ValueError(
-            f"--count={options.count} is for --source=shapes, a folder is used whole; leave it out"
-        )
-    return Folder(argument, options)
-
-
-SOURCES = {"shapes": _shapes, "folder": _folder}
+SOURCES = {
+    "shapes": _shapes,
+    "folder": Folder,
+    "jsonl": Lines,
+    "webdataset": Tars,
+    "parquet": Parquet,
+    "tfds": Tfds,
+}
+ARGUMENTS = {
+    "folder": "DIR",
+    "jsonl": "FILE",
+    "webdataset": "GLOB",
+    "parquet": "GLOB",
+    "tfds": "NAME@DATA_DIR",
+}
 
 
 def open_source(spec: str, options: Options) -> Source:
@@ -82,5 +94,13 @@ def open_source(spec: str, options: Options) -> Source:
     if name not in SOURCES:
         raise ValueError(
             f"--source={spec} is unknown; use one of {', '.join(SOURCES)} (folder as folder:DIR)"
+        )
+    if name in ARGUMENTS and not argument:
+        raise ValueError(
+            f"--source={name} names no {ARGUMENTS[name]}; use --source={name}:{ARGUMENTS[name]}"
+        )
+    if name in ARGUMENTS and options.count is not None:
+        raise ValueError(
+            f"--count={options.count} has no effect: --source={spec} is used whole; leave it out"
         )
     return SOURCES[name](argument, options)

@@ -4,8 +4,9 @@
     OUTPUT/train-00000.arrayrecord ...
     OUTPUT/encoders/              the built-in text encoders, where no others were given
     OUTPUT/report.json, .jsonl    what was kept and what was dropped
-    OUTPUT/build/                 what a build that is run again needs: its arguments, the verdict
-                                  on every picture, one note per finished shard
+    OUTPUT/build/                 what a build that is run again needs: its arguments, what the
+                                  shards of the source hold, the verdict on every picture, one note
+                                  per finished shard
 
 A shard gets its name when it is complete, and its note after that. So whenever the build dies, the
 next run redoes the shards without a note and leaves the others alone; each record is written once.
@@ -26,6 +27,7 @@ from mmdit_jax.data.manifest import MANIFEST, Manifest, Shard
 SUFFIX = ".arrayrecord"
 BUILD = "build"
 ENCODERS = "encoders"
+INDEX = "index"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +117,8 @@ class Output:
         path = self.note_path("arguments")
         begun = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         worth_keeping = (self.path / MANIFEST).exists() or any(
-            entry.name not in (path.name, self._lock_path.name) for entry in self._build.iterdir()
+            entry.name not in (path.name, self._lock_path.name, INDEX)
+            for entry in self._build.iterdir()
         )
         for name in {**begun, **arguments}:
             was, now = begun.get(name), arguments.get(name)
@@ -133,6 +136,10 @@ class Output:
     def note_path(self, name: str) -> Path:
         """Where the note `name` is."""
         return self._build / f"{name}.json"
+
+    def note_folder(self, name: str) -> Path:
+        """Where notes are that come in many files; whoever writes them makes it."""
+        return self._build / name
 
     def same_as_before(self, name: str, content: Any, remedy: str) -> None:
         """Notes `content`, or compares it with what an earlier run noted.
@@ -173,11 +180,11 @@ class Output:
         self.finished = True
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
     """Writes a JSON file in one piece: a reader sees the old one or the new one."""
     partial = path.with_name(path.name + ".partial")
     with open(partial, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
+        json.dump(content, file, indent=indent)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())

@@ -18,5 +18,5 @@ export JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 HF_HUB_OFFLINE=1
 ruff check .
 ruff format --check .
 basedpyright  # pyright, as a wheel that needs no npm
-# A file stays on one worker, so that its fixtures are made once.
-python -m pytest -n auto --dist loadfile -m "$select" "$@"
+# A file stays on one worker, so that its fixtures are made once; the slow ones (commands) come first.
+python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "$select" "$@"

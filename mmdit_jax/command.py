@@ -24,8 +24,10 @@ _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _OURS = tuple(os.path.join(_ROOT, d) + os.sep for d in ("mmdit_jax", "data_pipelines", "configs"))
 
 
-def run(main: Callable[[list[str]], int | None]) -> None:
+def run(main: Callable[[list[str]], int | None], *, positional: int = 0) -> None:
     """Parses flags, runs `main(argv)` and leaves the process with the right exit code.
+
+    `positional` words that are no flags are passed on to `main`, any more are refused.
 
     A `ValueError` or an `OSError` about a path that our own code raises is the user's mistake and
     ends with one line. The same types raised inside a library are our mistake and keep their
@@ -42,8 +44,9 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         _leave(EXIT_USER, f"error: {_one_line(error)}  (--help lists every flag)")
     except (ValueError, TypeError, OSError) as error:
         _leave(EXIT_USER, f"error: {_one_line(error)}")
-    if len(argv) > 1:
-        _leave(EXIT_USER, f"error: {argv[1]!r} is not a flag; flags are written --name=value")
+    if len(argv) > 1 + positional:
+        word = argv[1 + positional]
+        _leave(EXIT_USER, f"error: {word!r} is not a flag; flags are written --name=value")
     try:
         code = main(argv) or EXIT_OK
     except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:

@@ -66,7 +66,7 @@ def default(*, depth: int = 24, resolution: int = 256, text_length: int = 77) ->
         {
             "seed": 0,
             "steps": 500_000,  # of the scaling study
-            "batch_size": 4096,  # global
+            "batch_size": 4096,  # global, of square pictures
             "model": {
                 "name": "mmdit",
                 "depth": depth,
@@ -76,14 +76,20 @@ def default(*, depth: int = 24, resolution: int = 256, text_length: int = 77) ->
                 "qk_norm": True,
                 "dual_attention_layers": 0,
                 "pos_embed_max_size": 192,
+                "pos_embed_native": 0,  # patches an axis that reach from 0 to 16; 0: of resolution
+                "pos_embed_random_crop": False,  # of the grid, in training, per sample (SD3.5-M)
                 "remat": "none",
                 "dtype": "auto",  # bfloat16 on accelerators, float32 on CPU
             },
             "data": {
                 "path": "",
                 "resolution": resolution,
+                # A batch of any bucket has the tokens of batch_size squares, at most, and is a
+                # multiple of this; 0: of batch_size.
+                "batch_multiple": 0,
                 "factor": 8,  # pixels per latent pixel, an axis
                 "kind": "moments",  # moments | mean | pixels
+                "autoencoder": "",  # folder of the VAE that decodes; empty: where the data says
                 "text_encoders": {
                     "clip_l": text_encoder(text_length, 768, 768),
                     "clip_g": text_encoder(text_length, 1280, 1280),
@@ -122,7 +128,13 @@ def default(*, depth: int = 24, resolution: int = 256, text_length: int = 77) ->
             "evaluation": {"every": 10_000, "samples": 4096, "levels": 8, "batch_size": 256},
             "samples": sampling(),
             "log": {"every": 100, "attention_logits": False},
-            "init_from": "",
+            "init_from": "",  # workdir of a run, or what `mmdit_jax.weights import` wrote
+            # What may differ from that model; what is not allowed here is refused.
+            "init_adapt": {
+                "qk_norm": False,  # added to a model without
+                "position_grid": False,  # another size or another native resolution
+                "channels": False,  # more, the new ones zero
+            },
         }
     )
 
@@ -131,6 +143,7 @@ def sampling() -> dict[str, Any]:
     """How pictures are sampled, in training and as the defaults of the sample command."""
     return {
         "every": 10_000,  # steps between grids in training; 0 is off
+        "sizes": (),  # a grid each, for example ("768x1344",), height first; empty: the square
         "prompts": (),  # empty: captions of the validation split
         "steps": 28,
         "solver": "euler",
@@ -214,9 +227,17 @@ def native_patches(config: Config) -> int:
     return latent_side(config) // config.model.patch
 
 
-def image_tokens(config: Config) -> int:
-    """I, for a square picture of the training resolution."""
-    return native_patches(config) ** 2
+def position_native(config: Config) -> int:
+    """Patches an axis at the resolution that the position grid is made for."""
+    # A run of an earlier version has no such key.
+    return config.model.get("pos_embed_native", 0) or native_patches(config)
+
+
+def image_tokens(config: Config, size: tuple[int, int] | None = None) -> int:
+    """I, for a picture of `size` (height, width) in pixels; None: of the training resolution."""
+    height, width = size or (config.data.resolution, config.data.resolution)
+    unit = config.data.factor * config.model.patch
+    return (height // unit) * (width // unit)
 
 
 def text_tokens(config: Config) -> int:
@@ -239,7 +260,7 @@ def model_settings(config: Config) -> dict[str, Any]:
         "qk_norm": config.model.qk_norm,
         "dual_attention_layers": config.model.dual_attention_layers,
         "pos_embed_max_size": config.model.pos_embed_max_size,
-        "pos_embed_native": native_patches(config),
+        "pos_embed_native": position_native(config),
         "remat": config.model.remat,
     }
 
@@ -288,9 +309,20 @@ def validate(config: Config) -> None:
             f"resolution={data.resolution} is {native_patches(config)} patches an axis, the "
             f"position grid holds {model.pos_embed_max_size}; raise model.pos_embed_max_size"
         )
+    native = model.get("pos_embed_native", 0)
+    need(
+        0 <= native <= model.pos_embed_max_size,
+        f"model.pos_embed_native={native} must be between 1 and model.pos_embed_max_size "
+        f"({model.pos_embed_max_size}), or 0 for the resolution's",
+    )
     for name in ("dropout", "dropout_all"):
         need(0 <= data[name] < 1, f"data.{name}={data[name]} must be in [0, 1)")
     at_least("data.threads", data.threads, 1)
+    multiple = data.get("batch_multiple", 0)
+    need(
+        multiple >= 0 and config.batch_size % (multiple or 1) == 0,
+        f"data.batch_multiple={multiple} must divide batch_size={config.batch_size}, or be 0",
+    )
     encoders = data.text_encoders
     need(
         encoders.clip_l.length == encoders.clip_g.length,

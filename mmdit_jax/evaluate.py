@@ -39,6 +39,9 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", 128, "Pictures in one call.", l
 _ENCODERS = flags.DEFINE_string(
     "encoders", "", "Folder with clip_l/, clip_g/, t5/, when they are not where the data says."
 )
+_AUTOENCODER = flags.DEFINE_string(
+    "autoencoder", "", "Folder of the VAE, when it is not where the data says."
+)
 
 Metrics = dict[str, float]
 Settings = dict[str, Any]
@@ -74,6 +77,7 @@ def shapes(trained: run.TrainedRun) -> tuple[Metrics, Settings]:
         trained.mesh,
         settings,
         encoders=_ENCODERS.value,
+        autoencoder=_AUTOENCODER.value,
         batch_size=_BATCH_SIZE.value,
     )
     prompts = [

@@ -13,13 +13,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from absl import logging
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from mmdit_jax import config as config_lib
 from mmdit_jax import sharding
 from mmdit_jax.config import Config
+from mmdit_jax.data import buckets
 from mmdit_jax.data.loader import Loader
-from mmdit_jax.data.manifest import Manifest
+from mmdit_jax.data.manifest import Bucket, Manifest
+from mmdit_jax.encoders import autoencoder as autoencoder_lib
 from mmdit_jax.encoders import pixels
 from mmdit_jax.encoders.conditioning import assemble, drop_mask
 from mmdit_jax.encoders.text import encode, load_text_encoders, require_recorded
@@ -29,6 +31,7 @@ from mmdit_jax.flow import formulation as formulation_lib
 from mmdit_jax.flow.formulation import Formulation
 from mmdit_jax.training import optimizer as optimizer_lib
 from mmdit_jax.training import state as state_lib
+from mmdit_jax.training import warm_start
 from mmdit_jax.training import workdir as workdir_lib
 from mmdit_jax.training.checkpoint import Checkpointer
 from mmdit_jax.training.step import Conditioning, Predict, make_predict
@@ -89,12 +92,51 @@ def expected_data(config: Config) -> dict[str, Any]:
 def make_mesh(config: Config) -> Mesh:
     """The config's mesh over all devices of the job; refuses a batch that it does not divide."""
     mesh = sharding.make_mesh(**config.mesh)
-    sharding.check_batch(mesh, config.batch_size, config.optimizer.accumulate)
+    check_batch(config, mesh)
     return mesh
 
 
-def make_loader(config: Config, split: str, batch_size: int) -> Loader:
-    """A loader of the config's data set.
+def check_batch(config: Config, mesh: Mesh | AbstractMesh) -> None:
+    """Refuses a batch size, or a multiple of it for buckets, that the mesh does not divide."""
+    sharding.check_batch(mesh, config.batch_size, config.optimizer.accumulate)
+    multiple = config.data.get("batch_multiple", 0)
+    ways = sharding.batch_ways(mesh) * config.optimizer.accumulate
+    if multiple % ways:
+        raise ValueError(
+            f"data.batch_multiple={multiple} does not split into {ways} parts (data x fsdp x "
+            f"accumulate); use a multiple of {ways} that divides batch_size={config.batch_size}"
+        )
+
+
+def batch_size_of(config: Config, bucket: Bucket) -> int:
+    """Samples in a training batch of a bucket: its tokens are those of `batch_size` squares.
+
+    It follows from the config alone, so that the order of samples is the same on any mesh.
+
+    Raises:
+        ValueError: a picture size that the model cannot take, or of too many tokens.
+    """
+    check_size(config, bucket)
+    text = config_lib.text_tokens(config)
+    return buckets.batch_size(
+        config_lib.image_tokens(config, (bucket.height, bucket.width)) + text,
+        config.batch_size * (config_lib.image_tokens(config) + text),
+        config.data.get("batch_multiple", 0) or config.batch_size,
+    )
+
+
+def check_size(config: Config, size: Bucket) -> None:
+    """Refuses a picture size that the config's model cannot take."""
+    buckets.check_size(
+        size,
+        unit=config.data.factor,
+        patch=config.model.patch,
+        grid=config.model.pos_embed_max_size,
+    )
+
+
+def make_loader(config: Config, split: str, batch_size: int | None = None) -> Loader:
+    """A loader of the config's data set; without a batch size, in the batches of training.
 
     Raises:
         ValueError: the data set does not fit the config, or there is none.
@@ -107,7 +149,7 @@ def make_loader(config: Config, split: str, batch_size: int) -> Loader:
     return Loader(
         config.data.path,
         split=split,
-        batch_size=batch_size,
+        batch_size=batch_size or functools.partial(batch_size_of, config),
         seed=config.seed,
         threads=config.data.threads,
         prefetch=config.data.prefetch,
@@ -156,6 +198,42 @@ def make_text_encoder(
     return functools.partial(encode, encoders)
 
 
+def make_decoder(
+    config: Config, manifest: Manifest, mesh: Mesh, folder: str = ""
+) -> Callable[[jax.Array], jax.Array]:
+    """Normalised latents -> uint8 pictures, by the autoencoder that the data set was made with.
+
+    Args:
+        config: of the run.
+        manifest: of its data set.
+        mesh: shares every batch.
+        folder: of the VAE, when neither where the config nor where the manifest says.
+
+    Raises:
+        ValueError: no VAE is known, or another one than the data set was made with.
+    """
+    about = manifest.autoencoder
+    # A run of an earlier version has no such key.
+    folder = folder or config.data.get("autoencoder", "")
+    if about["kind"] == pixels.KIND:
+        if folder:
+            raise ValueError(
+                f"--autoencoder={folder} is given but the data set holds {about['id']}, which "
+                "needs none; leave it out"
+            )
+        decode = functools.partial(pixels.decode, autoencoder=about)
+        return jax.jit(decode, out_shardings=sharding.replicated(mesh))
+    if not folder and not about.get("path"):
+        raise ValueError(
+            f"the data set does not say where its autoencoder {about.get('id', '')!r} is; give "
+            "its folder with --autoencoder (in training --config.data.autoencoder)"
+        )
+    folder = folder or os.path.join(config.data.path, str(about["path"]))
+    autoencoder = autoencoder_lib.VAE(folder, mesh=mesh)
+    autoencoder_lib.require_recorded(autoencoder, about)
+    return functools.partial(autoencoder.decode, autoencoder=about)
+
+
 def sample_settings(config: Config) -> SampleSettings:
     """The config's sampling settings."""
     values = config.samples
@@ -172,21 +250,36 @@ def make_sampler(
     settings: SampleSettings,
     *,
     encoders: str = "",
+    autoencoder: str = "",
     batch_size: int = 64,
 ) -> Sampler:
-    """Prompts to pictures at the training resolution."""
+    """Prompts to pictures, squares of the training resolution where no other size is asked for.
+
+    `encoders` and `autoencoder` are folders, when they are not where the data set says.
+    """
     side = config_lib.latent_side(parts.config)
     return Sampler(
         predict=parts.predict,
         assemble=parts.conditioning.assemble,
         encode=make_text_encoder(parts.config, manifest, encoders),
-        decode=functools.partial(pixels.decode, autoencoder=manifest.autoencoder),
+        decode=make_decoder(parts.config, manifest, mesh, autoencoder),
         formulation=parts.formulation,
         latent_shape=(side, side, parts.config.model.channels),
         mesh=mesh,
         settings=settings,
         batch_size=batch_size,
     )
+
+
+def latent_size(config: Config, size: str) -> tuple[int, int]:
+    """Height and width of the latent of a picture whose size is written HEIGHTxWIDTH.
+
+    Raises:
+        ValueError: not written so, or a size that the model cannot take.
+    """
+    bucket = buckets.parse_size(size)
+    check_size(config, bucket)
+    return bucket.height // config.data.factor, bucket.width // config.data.factor
 
 
 def read_config(workdir: str) -> Config:
@@ -218,12 +311,21 @@ def open_run(workdir: str, *, weights: str = "ema", step: int = 0) -> TrainedRun
         ValueError: EMA weights of a run that has none.
     """
     parts = build(read_config(workdir))
-    config = parts.config
+    manifest = Manifest.load(workdir, check_shards=False)
+    # The mesh of training is not needed here: all devices share the batch.
+    mesh = sharding.make_mesh(fsdp=1)
+    params, step = restore_weights(workdir, parts.config, mesh, weights=weights, step=step)
+    return TrainedRun(parts, manifest, mesh, params, step, weights)
+
+
+def restore_weights(
+    workdir: str, config: Config, mesh: Mesh, *, weights: str = "ema", step: int = 0
+) -> tuple[Any, int]:
+    """The weights of a run on a mesh, and their step; see `open_run` for arguments and errors."""
     if weights not in config_lib.WEIGHTS:
         raise ValueError(f"weights={weights!r} must be one of {', '.join(config_lib.WEIGHTS)}")
     if weights == "ema" and config.ema.decay == 0:
         raise ValueError("this run has no EMA (ema.decay=0); use --weights=raw")
-    manifest = Manifest.load(workdir, check_shards=False)
     checkpointer = Checkpointer(workdir, read_only=True)
     known = checkpointer.steps()
     if not known or (step and step not in known):
@@ -231,32 +333,42 @@ def open_run(workdir: str, *, weights: str = "ema", step: int = 0) -> TrainedRun
             f"{workdir} has no checkpoint{f' of step {step}' if step else ''}; it has "
             f"{', '.join(map(str, known)) or 'none yet'}"
         )
-    # The mesh of training is not needed here: all devices share the batch.
-    mesh = sharding.make_mesh(fsdp=1)
     boxed = state_lib.abstract_params(config)
     params = checkpointer.restore_weights(
         nn.meta.unbox(boxed), sharding.parameter_shardings(boxed, mesh), step or known[-1], weights
     )
     checkpointer.close()
-    return TrainedRun(parts, manifest, mesh, params, step or known[-1], weights)
+    return params, step or known[-1]
 
 
-def init_from(workdir: str, state: state_lib.TrainState, plan: state_lib.StatePlan):
+def check_init_from(config: Config) -> None:
+    """Refuses an `init_from` whose model differs in what `init_adapt` does not allow.
+
+    Raises:
+        FileNotFoundError: that workdir is no run.
+        ValueError: every difference (see `warm_start.check`).
+    """
+    warm_start.check(read_config(config.init_from), config)
+
+
+def init_from(config: Config, state: state_lib.TrainState, plan: state_lib.StatePlan):
     """A fresh state with the newest EMA weights (raw, where there is no EMA) of another run.
 
     Raises:
         FileNotFoundError: that workdir has no checkpoint.
     """
-    checkpointer = Checkpointer(workdir, read_only=True)
-    step = checkpointer.latest_step()
-    if step is None:
-        raise FileNotFoundError(f"init_from={workdir} has no checkpoint; give a trained workdir")
-    weights = "ema" if workdir_lib.read_config(workdir).ema.decay > 0 else "raw"
-    params = checkpointer.restore_weights(
-        plan.abstract.params, plan.shardings.params, step, weights
+    source = read_config(config.init_from)
+    weights = "ema" if source.ema.decay > 0 else "raw"
+    mesh = jax.tree.leaves(plan.shardings.params)[0].mesh
+    params, step = restore_weights(config.init_from, source, mesh, weights=weights)
+    params = jax.jit(
+        lambda params: warm_start.adapt(params, plan.abstract.params, source, config),
+        out_shardings=plan.shardings.params,
+        donate_argnums=0,
+    )(params)
+    logging.info(
+        "parameters start from the %s weights of %s, step %d", weights, config.init_from, step
     )
-    checkpointer.close()
-    logging.info("parameters start from the %s weights of %s, step %d", weights, workdir, step)
     ema_params = None if state.ema_params is None else jax.tree.map(jnp.copy, params)
     return state.replace(params=params, ema_params=ema_params)
 

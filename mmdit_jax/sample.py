@@ -31,9 +31,15 @@ _SOLVER = flags.DEFINE_string("solver", None, "euler, heun or ddim.")
 _GRID = flags.DEFINE_string("grid", None, "Times of the solver: exact or sd3_reference.")
 _SHIFT = flags.DEFINE_float("shift", None, "Shift of the times; the paper has 3 at 1024 px.")
 _SEED = flags.DEFINE_integer("seed", None, "Of the initial noise.")
+_SIZE = flags.DEFINE_string(
+    "size", "", "HEIGHTxWIDTH in pixels, 768x1344; else the square of the run's resolution."
+)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Pictures in one call.", lower_bound=1)
 _ENCODERS = flags.DEFINE_string(
     "encoders", "", "Folder with clip_l/, clip_g/, t5/, when they are not where the data says."
+)
+_AUTOENCODER = flags.DEFINE_string(
+    "autoencoder", "", "Folder of the VAE, when it is not where the data says."
 )
 
 
@@ -76,6 +82,7 @@ def main(argv: list[str]) -> int:
     settings = run.sample_settings(config)._replace(
         **{name: value for name, value in overrides.items() if value is not None}
     )
+    size = run.latent_size(config, _SIZE.value) if _SIZE.value else None
     trained = run.open_run(_WORKDIR.value, weights=weights, step=_STEP.value)
     if settings.shift != config.flow.shift:
         logging.warning(
@@ -89,9 +96,10 @@ def main(argv: list[str]) -> int:
         trained.mesh,
         settings,
         encoders=_ENCODERS.value,
+        autoencoder=_AUTOENCODER.value,
         batch_size=min(_BATCH_SIZE.value, len(prompts)),
     )
-    pictures = sampler(trained.params, prompts)
+    pictures = sampler(trained.params, prompts, size)
 
     os.makedirs(_OUTPUT.value, exist_ok=True)
     for i, picture in enumerate(pictures):
@@ -104,6 +112,8 @@ def main(argv: list[str]) -> int:
         "step": trained.step,
         "workdir": os.path.abspath(_WORKDIR.value),
         "resolution": config.data.resolution,
+        "height": int(pictures.shape[1]),
+        "width": int(pictures.shape[2]),
         "model": config.model.to_dict(),
         "flow": config.flow.to_dict(),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",

@@ -9,6 +9,7 @@ and everything is saved). `--dry_run` prints what would run, as JSON, without al
 
 import json
 import os
+from typing import Any
 
 import jax
 from absl import flags, logging
@@ -16,6 +17,7 @@ from ml_collections import config_flags
 
 from mmdit_jax import command, run, sharding
 from mmdit_jax import config as config_lib
+from mmdit_jax.data.manifest import Bucket
 from mmdit_jax.evaluation.sampling import draw_grid
 from mmdit_jax.scaling import flops
 from mmdit_jax.training import state as state_lib
@@ -23,7 +25,7 @@ from mmdit_jax.training import workdir as workdir_lib
 from mmdit_jax.training.checkpoint import Checkpointer
 from mmdit_jax.training.loop import Hook, train
 from mmdit_jax.training.metrics import MetricWriter
-from mmdit_jax.training.step import jit_train_step, make_train_step
+from mmdit_jax.training.step import compile_train_step, make_train_step
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file with its arguments: configs/mmdit.py:depth=24,resolution=256"
@@ -41,20 +43,52 @@ def dry_run(parts: run.Parts) -> None:
     """Prints parameters, tokens, FLOPs, mesh, bytes per device and the whole config."""
     config = parts.config
     mesh = sharding.abstract_mesh(**config.mesh)
-    sharding.check_batch(mesh, config.batch_size, config.optimizer.accumulate)
+    run.check_batch(config, mesh)
     _, plan = run.plan(parts, mesh)
+    buckets = bucket_plan(config)
     plan_json = {
         "parameters": state_lib.count_parameters(plan.abstract.params),
         "tokens": {
             "image": config_lib.image_tokens(config),
             "text": config_lib.text_tokens(config),
         },
-        "model_flops_per_step": flops.train_step(config),
+        "model_flops_per_step": round(
+            sum(bucket["share_of_steps"] * bucket["model_flops_per_step"] for bucket in buckets)
+        ),
+        "buckets": buckets,
         "mesh": dict(mesh.shape),
         "bytes_per_device": sharding.overview(plan.abstract, plan.shardings)[1],
         "config": config_lib.to_json(config),
     }
     print(json.dumps(plan_json, indent=2))
+
+
+def bucket_plan(config: config_lib.Config) -> list[dict[str, Any]]:
+    """Steps, tokens and FLOPs of each picture size: those of the data set, or the square."""
+    sizes = [Bucket(config.data.resolution, config.data.resolution)]
+    counts, batch_sizes = [0], [config.batch_size]
+    if config.data.path:
+        loader = run.make_loader(config, "train")
+        filled = loader.filled_buckets()
+        sizes = [loader.manifest.buckets[i] for i in filled]
+        counts = [loader.counts[i] for i in filled]
+        batch_sizes = [loader.batch_sizes[i] for i in filled]
+    steps = [(n or 1) / size for n, size in zip(counts, batch_sizes, strict=True)]
+    return [
+        {
+            "size": str(size),
+            "samples": samples,
+            "batch_size": batch_size,
+            "share_of_steps": step / sum(steps),
+            "tokens": {
+                "image": config_lib.image_tokens(config, (size.height, size.width)),
+                "text": config_lib.text_tokens(config),
+            },
+            "model_flops_per_step": batch_size
+            * flops.train_per_sample(config, (size.height, size.width)),
+        }
+        for size, samples, batch_size, step in zip(sizes, counts, batch_sizes, steps, strict=True)
+    ]
 
 
 def main(argv: list[str]) -> int:
@@ -63,8 +97,9 @@ def main(argv: list[str]) -> int:
     if _CONFIG.value is None:
         raise ValueError("--config is missing; for example --config=configs/shapes.py")
     config = _CONFIG.value
-    if config.data.path:
-        config.data.path = os.path.abspath(config.data.path)
+    for name in ("path", "autoencoder"):
+        if config.data[name]:
+            config.data[name] = os.path.abspath(config.data[name])
     if _DRY_RUN.value:
         dry_run(run.build(config))
         return command.EXIT_OK
@@ -78,22 +113,32 @@ def main(argv: list[str]) -> int:
     parts = run.build(config)
     first_process = jax.process_index() == 0
     mesh = run.make_mesh(config)
-    loader = run.make_loader(config, "train", config.batch_size)
+    loader = run.make_loader(config, "train")
     workdir_lib.check_resume(workdir, config, loader.manifest)
+    if config.init_from and not os.path.exists(os.path.join(workdir, "config.json")):
+        run.check_init_from(config)  # before anything is written
     optimizer, plan = run.plan(parts, mesh)
     hooks = make_hooks(parts, mesh, loader, workdir)
     if first_process:
         workdir_lib.write_identity(workdir, config, loader.manifest)
     logging.info("%s, mesh %s", run.device_names(), dict(mesh.shape))
     logging.info("%d records in %s", loader.records, config.data.path)
+    filled = loader.filled_buckets()
+    for i in filled:
+        bucket, count, size = loader.manifest.buckets[i], loader.counts[i], loader.batch_sizes[i]
+        logging.info("bucket %s: %d records, batches of %d", bucket, count, size)
+        if count < size:
+            logging.warning("bucket %s: a batch holds some of its records several times", bucket)
     sharding.log_overview("parameters", plan.abstract.params, plan.shardings.params)
 
     checkpointer = Checkpointer(workdir, keep=config.checkpoint.keep)
     saved = checkpointer.latest_step()
     if saved is None:
+        if config.init_from:
+            run.check_init_from(config)
         state = state_lib.init_state(config, optimizer, plan)
         if config.init_from:
-            state = run.init_from(config.init_from, state, plan)
+            state = run.init_from(config, state, plan)
     elif saved >= config.steps:
         logging.info("%s is at step %d of %d: nothing to do", workdir, saved, config.steps)
         return command.EXIT_OK
@@ -109,13 +154,17 @@ def main(argv: list[str]) -> int:
         conditioning=parts.conditioning,
         autoencoder=loader.manifest.autoencoder,
     )
+    batches = loader.batches(step, sharding.batch_sharding(mesh))  # reads while the step compiles
+    train_step = compile_train_step(
+        train_step, plan, mesh, [loader.abstract_batch(bucket) for bucket in filled]
+    )
     writer = MetricWriter(workdir, start_step=step, active=first_process)
     outcome = train(
         config,
         state=state,
-        train_step=jit_train_step(train_step, plan.shardings, mesh),
-        batches=loader.batches(step, sharding.batch_sharding(mesh)),
-        sample_ids=loader.sample_ids,
+        train_step=train_step,
+        batches=batches,
+        loader=loader,
         checkpointer=checkpointer,
         writer=writer,
         hooks=hooks,
@@ -155,13 +204,16 @@ def make_hooks(parts: run.Parts, mesh, loader, workdir: str) -> list[Hook]:
             batch_size=min(64, len(prompts)),
         )
 
+        sizes = {f"_{size}": run.latent_size(config, size) for size in config.samples.sizes}
+
         def sample(state, step: int) -> dict[str, float]:
             raw = config.samples.weights == "raw"
-            pictures = sampler(state.params if raw else weights(state), prompts)
-            if jax.process_index() == 0:
-                os.makedirs(os.path.join(workdir, "samples"), exist_ok=True)
-                path = os.path.join(workdir, "samples", f"{step:08d}.png")
-                draw_grid(pictures, prompts).save(path)
+            for name, size in (sizes or {"": None}).items():
+                pictures = sampler(state.params if raw else weights(state), prompts, size)
+                if jax.process_index() == 0:
+                    os.makedirs(os.path.join(workdir, "samples"), exist_ok=True)
+                    path = os.path.join(workdir, "samples", f"{step:08d}{name}.png")
+                    draw_grid(pictures, prompts).save(path)
             return {}
 
         hooks.append(Hook("samples", config.samples.every, sample))

@@ -2,9 +2,10 @@
 
 A batch is `{"latent": (B, H, W, C), "text": {name: {"sequence": (B, T, width), "pooled": (B,
 V)}}}`, with one caption per sample, in the dtypes of the shards. Padding and joining of text happen
-on the device.
+on the device. All samples of a batch are of one bucket, so B, H and W may differ between batches.
 """
 
+import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ import jax
 import numpy as np
 
 from mmdit_jax.data import order
-from mmdit_jax.data.manifest import Manifest, fits
+from mmdit_jax.data.manifest import Bucket, Manifest, fits
 from mmdit_jax.data.records import ShardReader, decode_record
 
 # A run ends by its step count; grain wants a length.
@@ -23,10 +24,11 @@ _STEPS = 1 << 62
 
 
 class Loader:
-    """Batches of one split as a pure function of (seed, step, manifest, batch size).
+    """Batches of one split as a pure function of (seed, step, manifest, batch sizes).
 
     Attributes:
       manifest: The data set's Manifest.
+      batch_sizes: Global batch size of each bucket.
       counts: Records per bucket in this split.
       records: Records in this split.
     """
@@ -36,7 +38,7 @@ class Loader:
         directory: str | os.PathLike,
         *,
         split: str = "train",
-        batch_size: int,
+        batch_size: int | Callable[[Bucket], int],
         seed: int,
         process_index: int | None = None,
         process_count: int | None = None,
@@ -44,14 +46,15 @@ class Loader:
         prefetch: int = 4,
         open_shards: int = 512,
         expected: Mapping[str, Any] | None = None,
-        earlier: Sequence[tuple[int, int]] = (),
+        earlier: Sequence[tuple[int, int | Sequence[int]]] = (),
     ):
         """Opens the manifest; shards are opened when they are first read.
 
         Args:
           directory: The data set's directory.
           split: "train" or "validation".
-          batch_size: Global batch size.
+          batch_size: Global batch size, the same for every bucket, or a function of the bucket that
+            is asked about those with samples in this split.
           seed: Seed of the run.
           process_index: This host among `process_count`; jax.process_index() when None.
           process_count: Hosts that share each batch; jax.process_count() when None.
@@ -77,15 +80,9 @@ class Loader:
                 f"split {split!r} has 0 records in {directory}, its splits are "
                 f"{', '.join(self.manifest.splits)}: choose one of them or rebuild the data set"
             )
-        hosts = jax.process_count() if process_count is None else process_count
-        host = jax.process_index() if process_index is None else process_index
-        if batch_size % hosts:
-            raise ValueError(
-                f"batch size {batch_size} is not a multiple of {hosts} hosts, each reads an equal "
-                "part: change batch_size"
-            )
-        self._rows = np.arange(batch_size // hosts) + host * (batch_size // hosts)
-        self._batch_size, self._seed, self._earlier = batch_size, seed, tuple(earlier)
+        self._hosts = jax.process_count() if process_count is None else process_count
+        self._host = jax.process_index() if process_index is None else process_index
+        self._seed, self._earlier = seed, tuple(earlier)
         self._threads, self._prefetch = threads, prefetch
         self._encoders = tuple((expected or {}).get("text_encoders", self.manifest.text_encoders))
 
@@ -103,12 +100,40 @@ class Loader:
         self.records = sum(self.counts)
         self._reader = ShardReader(directory, shards, open_shards)
 
+        ask = batch_size if callable(batch_size) else lambda _: batch_size
+        pairs = zip(self.counts, self.manifest.buckets, strict=True)
+        self.batch_sizes = tuple(ask(bucket) if n else self._hosts for n, bucket in pairs)
+        for size in self.batch_sizes:
+            if size % self._hosts:
+                raise ValueError(
+                    f"batch size {size} is not a multiple of {self._hosts} hosts, each reads an "
+                    "equal part: change batch_size"
+                )
+
     def sample_ids(self, step: int) -> np.ndarray:
         """int64 (B,) numbers within the split of the samples in the global batch of `step`."""
         bucket, ids = order.batch_ids(
-            self.counts, self._seed, step, self._batch_size, self._earlier
+            self.counts, self._seed, step, self.batch_sizes, self._earlier
         )
         return self._split_ids(bucket, ids)
+
+    def bucket_of_step(self, step: int) -> int:
+        """Index of the bucket that all samples of the batch of `step` come from."""
+        return order.bucket_of_step(self.counts, self._seed, step, self.batch_sizes, self._earlier)
+
+    def samples_before(self, step: int) -> np.ndarray:
+        """int64 samples of each bucket in the batches below `step`."""
+        return order.samples_before(self.counts, self._seed, step, self.batch_sizes, self._earlier)
+
+    def filled_buckets(self) -> list[int]:
+        """Indices of the buckets that have samples in this split."""
+        return [bucket for bucket, count in enumerate(self.counts) if count]
+
+    def abstract_batch(self, bucket: int) -> dict[str, Any]:
+        """Shapes and dtypes of a global batch of a bucket, taken from its first sample."""
+        example = self.examples(self._split_ids(bucket, np.zeros(1, np.int64)))
+        size = self.batch_sizes[bucket]
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), example)
 
     def bucket_ids(self, bucket: int) -> np.ndarray:
         """int64 numbers within the split of all samples of a bucket, in stored order."""
@@ -128,14 +153,18 @@ class Loader:
           reads the rows that its devices hold. Without one, batches of numpy arrays, the rows
           h * B / H to (h + 1) * B / H of host h of H. Reading starts with this call.
         """
-        rows = self._rows if sharding is None else _rows_of(sharding, self._batch_size)
+        if sharding is None:
+            parts = [size // self._hosts for size in self.batch_sizes]
+            rows = [np.arange(part) + self._host * part for part in parts]
+        else:
+            rows = [_rows_of(sharding, size) for size in self.batch_sizes]
         dataset = grain.MapDataset.source(_HostBatches(self, rows))[start_step:]
         options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=self._prefetch)
         iterator = iter(dataset.to_iter_dataset(options))
         iterator.start_prefetch()
         if sharding is None:
             return iterator
-        return _on_device(iterator, rows, sharding, self._batch_size)
+        return _on_device(iterator, self, rows, sharding, start_step)
 
     def host_batch(self, step: int, rows: np.ndarray) -> dict[str, Any]:
         """Rows `rows` (int64, of the global batch) of the batch of `step`, as numpy arrays."""
@@ -200,6 +229,7 @@ class Loader:
             record = self.record(number)
             fields = self._fields(record, number, lambda kinds, place=place: choose(place, kinds))
             if not stacked:
+                self._check_size(number, fields["latent"])
                 stacked = {
                     field: np.empty((len(ids), *value.shape), value.dtype)
                     for field, value in fields.items()
@@ -219,6 +249,17 @@ class Loader:
                 _, name, part = field.split("/")
                 text.setdefault(name, {})[part] = value
         return {"latent": stacked["latent"], "text": text}
+
+    def _check_size(self, number: int, latent: np.ndarray) -> None:
+        """Refuses a latent that is not of the size of its bucket."""
+        bucket = self.manifest.buckets[self._shards[self._place(number)[0]].bucket]
+        factor = self.manifest.autoencoder.get("factor")
+        if factor and latent.shape[:2] != (bucket.height // factor, bucket.width // factor):
+            raise ValueError(
+                f"{self.where(number)} has a latent of {latent.shape[0]} x {latent.shape[1]}, its "
+                f"bucket of {bucket.height} x {bucket.width} px has latents of "
+                f"{bucket.height // factor} x {bucket.width // factor}: rebuild the data set"
+            )
 
     def _fields(
         self, record: dict[str, Any], number: int, choose: Callable[[list[str]], int]
@@ -250,16 +291,20 @@ class Loader:
 
 
 class _HostBatches:
-    """A grain source whose item number `step` is this host's part of the batch of `step`."""
+    """A grain source whose item number `step` is this host's part of the batch of `step`.
 
-    def __init__(self, loader: Loader, rows: np.ndarray):
+    `rows`: of the global batch, for each bucket.
+    """
+
+    def __init__(self, loader: Loader, rows: Sequence[np.ndarray]):
         self._loader, self._rows = loader, rows
 
     def __len__(self) -> int:
         return _STEPS
 
     def __getitem__(self, step: int) -> dict[str, Any]:
-        return self._loader.host_batch(int(step), self._rows)
+        step = int(step)
+        return self._loader.host_batch(step, self._rows[self._loader.bucket_of_step(step)])
 
 
 def _rows_of(sharding: jax.sharding.Sharding, batch_size: int) -> np.ndarray:
@@ -270,16 +315,21 @@ def _rows_of(sharding: jax.sharding.Sharding, batch_size: int) -> np.ndarray:
 
 def _on_device(
     batches: grain.DatasetIterator,
-    rows: np.ndarray,
+    loader: Loader,
+    rows: Sequence[np.ndarray],
     sharding: jax.sharding.Sharding,
-    batch_size: int,
+    start_step: int,
 ) -> Iterator[dict[str, Any]]:
-    """Global arrays of host batches that hold the rows `rows`, one batch ahead."""
+    """Global arrays of host batches from `start_step` on, one batch ahead.
 
-    def place(local: np.ndarray) -> jax.Array:
+    `rows`: of the global batch that a host batch holds, for each bucket.
+    """
+    steps = itertools.count(start_step)
+
+    def place(local: np.ndarray, batch_size: int, held: np.ndarray) -> jax.Array:
         def on_one_device(index: tuple[slice, ...]) -> np.ndarray:
             start, stop, _ = index[0].indices(batch_size)
-            first = int(np.searchsorted(rows, start))
+            first = int(np.searchsorted(held, start))
             return local[(slice(first, first + stop - start), *index[1:])]
 
         return jax.make_array_from_callback((batch_size, *local.shape[1:]), sharding, on_one_device)
@@ -288,7 +338,9 @@ def _on_device(
     pool = ThreadPoolExecutor(1, thread_name_prefix="batch_to_device")
 
     def following() -> dict[str, Any]:
-        return jax.tree.map(place, next(batches))
+        bucket = loader.bucket_of_step(next(steps))
+        size, held = loader.batch_sizes[bucket], rows[bucket]
+        return jax.tree.map(lambda local: place(local, size, held), next(batches))
 
     ahead = pool.submit(following)
     try:

@@ -31,6 +31,9 @@ class Bucket:
     height: int
     width: int
 
+    def __str__(self) -> str:
+        return f"{self.height}x{self.width}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
@@ -39,7 +42,8 @@ class Manifest:
     Attributes:
       splits: "train", "validation" -> shards, in the order in which samples are numbered.
       buckets: Picture sizes; `Shard.bucket` indexes them.
-      autoencoder: id, hash, factor, channels, scale, shift, kind ("moments", "mean" or "pixels").
+      autoencoder: id, hash, factor, channels, scale, shift, kind ("moments", "mean" or "pixels");
+        of a network also the dtype that it encoded in and its path.
       text_encoders: Name -> id, hash, length, width, pooled_width, layer, kind, path.
       resolution: Nominal side in pixels.
       source: Where the pictures came from, as it was given to the pipeline.
@@ -67,7 +71,8 @@ class Manifest:
 
         Args:
           directory: The data set's directory.
-          check_shards: Also look at every shard's size (one stat each, no read).
+          check_shards: Also ask for records, and look at every shard's size (one stat each, no
+            read). Without, the manifest of imported weights is one: it holds no data.
 
         Raises:
           FileNotFoundError: No such directory, or no manifest in it.
@@ -104,7 +109,7 @@ class Manifest:
             }
             fields["buckets"] = tuple(Bucket(**bucket) for bucket in fields["buckets"])
             manifest = cls(**fields)
-            manifest._check_contents(path)
+            manifest._check_contents(path, records=check_shards)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{path} does not follow schema {SCHEMA} ({type(error).__name__}: {error}): "
@@ -172,7 +177,7 @@ class Manifest:
         ]
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
-    def _check_contents(self, path: Path) -> None:
+    def _check_contents(self, path: Path, *, records: bool) -> None:
         for split, shards in self.splits.items():
             for shard in shards:
                 if not 0 <= shard.bucket < len(self.buckets):
@@ -185,7 +190,7 @@ class Manifest:
                 f"{path} has caption_mix {dict(self.caption_mix)}, weights are not negative and "
                 "not all 0: correct them"
             )
-        if not sum(shard.records for shards in self.splits.values() for shard in shards):
+        if records and not sum(s.records for shards in self.splits.values() for s in shards):
             raise ValueError(f"{path} counts 0 records, training needs some: rebuild the data set")
 
 

@@ -7,21 +7,22 @@ The permutation is a keyed bijection that is computed position by position (Blac
 >= n, walked until it lands below n), so a billion samples take no memory and any step can be asked
 for at once.
 
-With several buckets, steps come in periods of `PERIOD`. In each period every bucket has a fixed
-number of steps, in proportion to its samples, shuffled under a key made of (seed, period). So the
-number of earlier steps of a bucket is a sum over whole periods and one partial period, and each
-bucket continues its own stream.
+With several buckets, the stream of each is cut into batches, and batch k of a bucket of n samples
+and batch size B is put at the time (k + u) B / n, counted in epochs, where u in [0, 1) is a hash of
+(seed, bucket, k). Steps follow in the order of these times. So at any step every bucket is less
+than one batch ahead of its share or behind it, all buckets end an epoch together within one batch,
+no sample is left out (the last few of an epoch share a batch with the first of the next), and a
+bucket smaller than its batch comes that much more rarely instead of too often. Only the few batches
+whose times may be near are looked at, so any step can be asked for here as well.
 """
 
 import bisect
-import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-PERIOD = 4096
 # With 8 rounds the orders of a handful of samples are not equally likely; with 16 they are.
 _ROUNDS = 16
 # Purposes, so that no two uses of a seed share a key.
@@ -33,8 +34,8 @@ def batch_ids(
     counts: Sequence[int],
     seed: int,
     step: int,
-    batch_size: int,
-    earlier: Sequence[tuple[int, int]] = (),
+    batch_size: int | Sequence[int],
+    earlier: Sequence[tuple[int, int | Sequence[int]]] = (),
 ) -> tuple[int, np.ndarray]:
     """The samples of one global batch.
 
@@ -42,84 +43,98 @@ def batch_ids(
       counts: Samples per bucket; a bucket may have none.
       seed: Seed of the run.
       step: Step, from 0.
-      batch_size: Samples in a global batch.
+      batch_size: Samples in a global batch, one number or one per bucket.
       earlier: ((until_step, batch_size), ...) in rising order, when the run had other batch sizes
         before: steps below `until_step` took batches of that size. The stream then goes on at the
         next sample.
 
     Returns:
-      (bucket, ids): the index of the bucket and int64 (batch_size,) numbers of samples within it.
+      (bucket, ids): the index of the bucket and int64 (batch size of the bucket,) numbers of
+      samples within it.
 
     Raises:
       ValueError: There are no samples, or step or batch_size are out of range.
     """
-    if step < 0 or batch_size < 1:
+    bucket, size, taken = _locate(counts, seed, step, batch_size, earlier)
+    positions = taken[bucket] + np.arange(size, dtype=np.int64)
+    epochs, positions = np.divmod(positions, int(counts[bucket]))
+    keys = _hash(_key(seed, _SAMPLES, bucket), epochs)
+    return bucket, permute(positions, int(counts[bucket]), keys)
+
+
+def bucket_of_step(
+    counts: Sequence[int],
+    seed: int,
+    step: int,
+    batch_size: int | Sequence[int],
+    earlier: Sequence[tuple[int, int | Sequence[int]]] = (),
+) -> int:
+    """The bucket that every sample of step `step` comes from; see `batch_ids`."""
+    return _locate(counts, seed, step, batch_size, earlier)[0]
+
+
+def samples_before(
+    counts: Sequence[int],
+    seed: int,
+    step: int,
+    batch_size: int | Sequence[int],
+    earlier: Sequence[tuple[int, int | Sequence[int]]] = (),
+) -> np.ndarray:
+    """Samples that the steps below `step` took of each bucket, int64; see `batch_ids`."""
+    return _locate(counts, seed, step, batch_size, earlier)[2]
+
+
+def _locate(
+    counts: Sequence[int],
+    seed: int,
+    step: int,
+    batch_size: int | Sequence[int],
+    earlier: Sequence[tuple[int, int | Sequence[int]]],
+) -> tuple[int, int, np.ndarray]:
+    """The bucket of a step, its batch size, and the samples taken of each bucket before."""
+    counts_ = np.asarray(counts, np.int64)
+    sizes = np.broadcast_to(np.asarray(batch_size, np.int64), counts_.shape)
+    if step < 0 or sizes.min() < 1:
         raise ValueError(
             f"step {step} with batch size {batch_size} has no samples, steps start at 0 and a "
             "batch has at least 1: give other values"
         )
-    counts = tuple(int(n) for n in counts)
-    bucket = bucket_of_step(counts, seed, step)
-    first, since = 0, 0
-    for until, size in earlier:
-        until = min(until, step)
-        first += size * _bucket_steps(counts, seed, bucket, since, until)
-        since = until
-    first += batch_size * _bucket_steps(counts, seed, bucket, since, step)
-    positions = first + np.arange(batch_size, dtype=np.int64)
-    epochs, positions = np.divmod(positions, counts[bucket])
-    keys = _hash(_key(seed, _SAMPLES, bucket), epochs)
-    return bucket, permute(positions, counts[bucket], keys)
-
-
-def bucket_of_step(counts: Sequence[int], seed: int, step: int) -> int:
-    """The bucket that every sample of step `step` comes from."""
-    filled = [bucket for bucket, n in enumerate(counts) if n]
-    if not filled:
+    if not counts_.any():
         raise ValueError("the split has 0 records, a batch needs some: rebuild the data set")
+    taken, since = np.zeros_like(counts_), 0
+    for until, other in earlier:
+        until, other = min(until, step), np.asarray(other, np.int64)
+        taken += other * _place(counts_, other, seed, since, until)[1]
+        since = until
+    bucket, batches = _place(counts_, sizes, seed, since, step)
+    return bucket, int(sizes[bucket]), taken + sizes * batches
+
+
+def _place(
+    counts: np.ndarray, sizes: np.ndarray, seed: int, since: int, step: int
+) -> tuple[int, np.ndarray]:
+    """The bucket of a step, and how many of the steps since..step-1 belonged to each bucket."""
+    number = step - since  # of the step in the merged row of batches
+    filled = np.flatnonzero(counts)
+    batches = np.zeros_like(counts)
     if len(filled) == 1:
-        return filled[0]
-    return int(_period(tuple(counts), seed, step // PERIOD)[step % PERIOD])
-
-
-def period_slots(counts: Sequence[int]) -> np.ndarray:
-    """Steps of each bucket in a period, int64.
-
-    By largest remainder, with at least one for a bucket that has samples.
-    """
-    counts_ = np.asarray(counts, np.int64)
-    if np.sum(counts_ > 0) > PERIOD:
-        raise ValueError(
-            f"{np.sum(counts_ > 0)} buckets have samples, at most {PERIOD} can: use fewer buckets"
-        )
-    quota = PERIOD * (counts_ / counts_.sum())
-    slots = np.maximum(np.floor(quota).astype(np.int64), counts_ > 0)
-    while slots.sum() < PERIOD:
-        slots[np.argmax(quota - slots)] += 1
-    while slots.sum() > PERIOD:
-        slots[np.argmin(np.where(slots > 1, quota - slots, np.inf))] -= 1
-    return slots
-
-
-def _bucket_steps(counts: tuple[int, ...], seed: int, bucket: int, start: int, stop: int) -> int:
-    """How many of the steps start..stop-1 belong to `bucket`."""
-    if sum(n > 0 for n in counts) == 1:
-        return stop - start
-
-    def before(step: int) -> int:
-        period, offset = divmod(step, PERIOD)
-        part = _period(counts, seed, period)[:offset]
-        return period * int(period_slots(counts)[bucket]) + int(np.sum(part == bucket))
-
-    return before(stop) - before(start)
-
-
-@functools.lru_cache(maxsize=16)
-def _period(counts: tuple[int, ...], seed: int, period: int) -> np.ndarray:
-    """The bucket of each step of a period, (PERIOD,)."""
-    slots = np.repeat(np.arange(len(counts)), period_slots(counts))
-    key = _hash(_key(seed, _BUCKETS), np.int64(period))
-    return slots[permute(np.arange(PERIOD, dtype=np.int64), PERIOD, key)]
+        batches[filled] = number
+        return int(filled[0]), batches
+    pace = (counts / sizes)[filled]  # batches an epoch
+    # Before any time T, a bucket has less than one batch more or less than T x pace. So the step
+    # sought lies where the sum over buckets allows it; one batch more each side covers rounding.
+    low, high = ((number + slack) / pace.sum() * pace for slack in (-len(filled), len(filled)))
+    low = np.maximum(np.floor(low).astype(np.int64) - 1, 0)
+    high = np.maximum(np.ceil(high).astype(np.int64), 0) + 2
+    rows = np.repeat(np.arange(len(filled)), high - low)
+    batch = np.concatenate([np.arange(*bounds) for bounds in zip(low, high, strict=True)])
+    keys = np.array([_key(seed, _BUCKETS, int(bucket), since) for bucket in filled])
+    # IEEE additions and divisions alone: the same on every machine, and never falling with k.
+    times = (batch + _unit(_hash(keys[rows], batch))) / pace[rows]
+    merged = rows[np.lexsort((rows, times))]
+    number -= int(low.sum())
+    batches[filled] = low + np.bincount(merged[:number], minlength=len(filled))
+    return int(filled[merged[number]]), batches
 
 
 def caption_draws(seed: int, step: int, rows: np.ndarray) -> np.ndarray:
@@ -131,8 +146,7 @@ def caption_draws(seed: int, step: int, rows: np.ndarray) -> np.ndarray:
       rows: int64 rows in the global batch, so that the choice does not depend on hosts.
     """
     draws = [_hash(_key(seed, use, step), rows) for use in (_CAPTION_KIND, _CAPTION)]
-    # 53 bits are what a float64 below 1 can hold.
-    return np.stack(draws, axis=-1).astype(np.uint64) // np.uint64(1 << 11) / 2.0**53
+    return _unit(np.stack(draws, axis=-1))
 
 
 def choose_caption(kinds: Sequence[str], mix: Mapping[str, float], draw: np.ndarray) -> int:
@@ -183,6 +197,12 @@ def permute(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
         # n.
         walking = out >= n
     return out.astype(np.int64)
+
+
+def _unit(hashes: np.ndarray) -> np.ndarray:
+    """uint64 as float64 in [0, 1)."""
+    # 53 bits are what a float64 below 1 can hold.
+    return hashes.astype(np.uint64) // np.uint64(1 << 11) / 2.0**53
 
 
 def _key(*numbers: int) -> np.uint64:

@@ -218,14 +218,14 @@ BLOCK_NAMES = {
 }
 
 
-def _torch_name(path: tuple[str, ...]) -> str:
+def torch_name(path: tuple[str, ...]) -> str:
     if len(path) == 1:
         return TOP_NAMES[path[0]]
     block, module = path
     return f"encoder.layers.{block.removeprefix('layers_')}.{BLOCK_NAMES[module]}"
 
 
-def _canonical(name: str) -> str | None:
+def canonical(name: str) -> str | None:
     # Published files say text_model.*; transformers 5 writes CLIPTextModel without that prefix.
     name = name.removeprefix("text_model.")
     # A buffer (0, 1, 2, ...) that old versions of transformers stored with the weights.
@@ -254,5 +254,5 @@ def load(folder: str | Path, *, dtype: Any = jnp.float32) -> tuple[CLIPTextEncod
     """
     module = CLIPTextEncoder(CLIPTextConfig.from_folder(folder), dtype)
     return module, hf_folder.load_params(
-        folder, abstract_params(module), _torch_name, _canonical, dtype=dtype
+        folder, abstract_params(module), torch_name, canonical, dtype=dtype
     )

@@ -12,16 +12,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 from safetensors import safe_open
 
-# The leaf of a Linen parameter -> (the leaf of the torch name, whether torch stores it transposed).
-LEAVES = {
-    "kernel": ("weight", True),  # torch Linear is (out, in)
-    "embedding": ("weight", False),
-    "scale": ("weight", False),
-    "bias": ("bias", False),
-}
+# The leaf of a Linen parameter -> the leaf of its torch name.
+LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
+
+# Dimensions of a Linen kernel -> its axes in the order of torch. Linear is (out, in) there and
+# (in, out) here, Conv2d (out, in, h, w) there and (h, w, in, out) here. Other leaves are alike.
+KERNEL_AXES = {2: (1, 0), 4: (3, 2, 0, 1)}
+
+# What the weights are called: by transformers, by diffusers.
+STEMS = ("model", "diffusion_pytorch_model")
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -37,7 +40,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         )
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path} is missing; give the folder that holds config.json and model.safetensors"
+            f"{path} is missing; give the folder that holds config.json and *.safetensors"
         )
     return json.loads(path.read_text())
 
@@ -50,27 +53,28 @@ def weight_files(folder: str | Path) -> list[Path]:
         ValueError: several files and nothing that says which of them is the model.
     """
     folder = Path(folder)
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = [
-            folder / f for f in sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        ]
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise FileNotFoundError(f"{index} names {missing}, which are missing; fetch them again")
-        return files
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
+    for stem in STEMS:
+        index = folder / f"{stem}.safetensors.index.json"
+        if index.is_file():
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            missing = [name for name in names if not (folder / name).is_file()]
+            if missing:
+                raise FileNotFoundError(
+                    f"{index} names {missing}, which are missing; fetch them again"
+                )
+            return [folder / name for name in names]
+        if (folder / f"{stem}.safetensors").is_file():
+            return [folder / f"{stem}.safetensors"]
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(
             f"{folder} holds no *.safetensors; save the model in that format "
-            "(save_pretrained of transformers does)"
+            "(save_pretrained of transformers and diffusers does)"
         )
     if len(files) > 1:
         raise ValueError(
             f"{folder} holds {[file.name for file in files]}; leave one, or name one "
-            "model.safetensors"
+            f"{STEMS[0]}.safetensors"
         )
     return files
 
@@ -89,6 +93,11 @@ def sha256(files: list[Path]) -> str:
 def _listed(names: set[str], most: int = 4) -> str:
     shown = ", ".join(sorted(names)[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+def torch_axes(leaf: str, dimensions: int) -> tuple[int, ...]:
+    """The axes of a Linen parameter in the order of torch: `ours.transpose(axes)` is theirs."""
+    return KERNEL_AXES[dimensions] if leaf == "kernel" else tuple(range(dimensions))
 
 
 def load_params(
@@ -115,11 +124,11 @@ def load_params(
     Raises:
         ValueError: missing, unexpected or doubled weights, or a shape that differs.
     """
-    wanted: dict[str, tuple[tuple[str, ...], tuple[int, ...], bool]] = {}
+    wanted: dict[str, tuple[tuple[str, ...], tuple[int, ...], tuple[int, ...]]] = {}
     for path, leaf in traverse_util.flatten_dict(abstract_params).items():
-        suffix, transposed = LEAVES[path[-1]]
-        shape = tuple(reversed(leaf.shape)) if transposed else tuple(leaf.shape)
-        wanted[f"{torch_name(path[:-1])}.{suffix}"] = (path, shape, transposed)
+        axes = torch_axes(path[-1], len(leaf.shape))
+        shape = tuple(leaf.shape[axis] for axis in axes)
+        wanted[f"{torch_name(path[:-1])}.{LEAVES[path[-1]]}"] = (path, shape, axes)
 
     params: dict[tuple[str, ...], jax.Array] = {}
     loaded: set[str] = set()
@@ -135,15 +144,17 @@ def load_params(
                     continue
                 if name in loaded:
                     raise ValueError(f"{file} holds {name} a second time; remove one")
-                path, shape, transposed = wanted[name]
+                path, shape, axes = wanted[name]
                 stored_shape = tuple(tensors.get_slice(stored_name).get_shape())
-                if stored_shape != shape:
+                # Old autoencoders store the matrices of their attention as 1x1 convolutions.
+                as_convolution = len(shape) == 2 and stored_shape == (*shape, 1, 1)
+                if stored_shape != shape and not as_convolution:
                     raise ValueError(
                         f"{stored_name} in {file} has shape {stored_shape} but config.json asks "
                         f"for {shape}; the two files belong to different models"
                     )
-                tensor = tensors.get_tensor(stored_name)
-                params[path] = jnp.asarray(tensor.T if transposed else tensor, dtype)
+                tensor = tensors.get_tensor(stored_name).reshape(shape)
+                params[path] = jnp.asarray(tensor.transpose(np.argsort(axes)), dtype)
                 loaded.add(name)
     missing = set(wanted) - loaded
     if missing or unexpected:

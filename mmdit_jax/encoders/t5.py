@@ -179,14 +179,14 @@ BLOCK_NAMES = {
 }
 
 
-def _torch_name(path: tuple[str, ...]) -> str:
+def torch_name(path: tuple[str, ...]) -> str:
     if len(path) == 1:
         return TOP_NAMES[path[0]]
     block, module = path
     return f"encoder.block.{block.removeprefix('block_')}.{BLOCK_NAMES[module]}"
 
 
-def _canonical(name: str) -> str | None:
+def canonical(name: str) -> str | None:
     # encoder.embed_tokens is `shared` again; a whole T5 also brings its decoder and its head.
     other = ("encoder.embed_tokens.", "decoder.", "lm_head.")
     return None if name.startswith(other) else name
@@ -214,5 +214,5 @@ def load(folder: str | Path, *, dtype: Any = jnp.float32) -> tuple[T5Encoder, An
     """
     module = T5Encoder(T5Config.from_folder(folder), dtype)
     return module, hf_folder.load_params(
-        folder, abstract_params(module), _torch_name, _canonical, dtype=dtype
+        folder, abstract_params(module), torch_name, canonical, dtype=dtype
     )

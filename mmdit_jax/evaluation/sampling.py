@@ -59,28 +59,34 @@ class Sampler:
         settings: SampleSettings,
         batch_size: int = 64,
     ):
-        """Prepares and compiles on first use.
+        """Prepares and compiles on first use, once for each size.
 
         Args:
             predict: (params, z, t, condition) -> output.
             assemble: (text outputs, keep) -> condition; all False is the null condition.
             encode: captions -> text outputs, numpy.
-            decode: normalised latents -> uint8 pictures (B, R, R, 3).
+            decode: normalised latents, spread over the mesh -> uint8 pictures (B, H, W, 3), whole
+                on every device. Not compiled into the sampler, where the weights of a decoder
+                would be constants.
             formulation: of training.
-            latent_shape: (H, W, C).
+            latent_shape: (H, W, C), where no other size is asked for.
             mesh: the batch is spread over it; the batch size is rounded up to fit.
             settings: of the sampler.
             batch_size: pictures in one call.
         """
         ways = sharding.batch_ways(mesh)
         self._batch_size = -(-batch_size // ways) * ways
-        self._encode, self._mesh, self.settings = encode, mesh, settings
+        self._encode, self._decode, self._mesh, self.settings = encode, decode, mesh, settings
         lookup(SOLVERS, settings.solver, what="solver")  # refused now, not at the first picture
         times = formulation.grid(settings.steps, settings.shift, settings.grid)
+        self._size, channels = latent_shape[:2], latent_shape[2]
 
-        def sample(params: Any, text: Mapping[str, Any], index_B: jax.Array) -> jax.Array:
+        def sample(
+            params: Any, text: Mapping[str, Any], index_B: jax.Array, size: tuple[int, int]
+        ) -> jax.Array:
             keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(settings.seed), i))(index_B)
-            eps = jax.vmap(lambda k: jax.random.normal(k, latent_shape, jnp.float32))(keys)
+            shape = (*size, channels)
+            eps = jax.vmap(lambda k: jax.random.normal(k, shape, jnp.float32))(keys)
 
             def velocity(z: jax.Array, t: jax.Array, condition: Any) -> jax.Array:
                 return formulation.velocity(predict(params, z, t, condition), z, t)
@@ -92,19 +98,25 @@ class Sampler:
                 scale=settings.cfg,
                 interval=settings.cfg_interval,
             )
-            z = solve(
+            return solve(
                 velocity_fn,
                 formulation.prior(eps),
                 times,
                 settings.solver,
                 path=formulation.path,
             ).z
-            return decode(z)
 
-        self._sample = jax.jit(sample, out_shardings=sharding.replicated(mesh))
+        self._sample = jax.jit(
+            sample, out_shardings=sharding.batch_sharding(mesh), static_argnums=3
+        )
 
-    def __call__(self, params: Any, prompts: Sequence[str]) -> np.ndarray:
-        """uint8 (N, R, R, 3), one picture a prompt; every process must call it."""
+    def __call__(
+        self, params: Any, prompts: Sequence[str], size: tuple[int, int] | None = None
+    ) -> np.ndarray:
+        """uint8 (N, H, W, 3), one picture a prompt; every process must call it.
+
+        `size`: height and width of the latent; None is that of `latent_shape`.
+        """
         place = sharding.batch_sharding(self._mesh)
         pictures = []
         with jax.set_mesh(self._mesh):
@@ -114,7 +126,8 @@ class Sampler:
                 part += [part[-1]] * (self._batch_size - real)
                 text = jax.tree.map(lambda x: jax.device_put(x, place), self._encode(part))
                 index = np.arange(start, start + len(part), dtype=np.uint32)
-                pictures.append(np.asarray(self._sample(params, text, index))[:real])
+                decoded = self._decode(self._sample(params, text, index, size or self._size))
+                pictures.append(np.asarray(decoded)[:real])
         return np.concatenate(pictures)
 
 
@@ -124,28 +137,30 @@ def draw_grid(
     """A grid with the prompt under each picture.
 
     Args:
-        pictures: uint8 (N, R, R, 3).
+        pictures: uint8 (N, H, W, 3).
         labels: N prompts.
         columns: 0 chooses a grid that is about twice as wide as high.
         cell: least width of a picture in the grid; small ones are enlarged without smoothing.
     """
     columns = columns or min(len(pictures), max(1, math.ceil(math.sqrt(2 * len(pictures)))))
     rows = -(-len(pictures) // columns)
-    size = pictures.shape[1] * max(1, round(cell / pictures.shape[1]))
+    enlarged = max(1, round(cell / pictures.shape[2]))
+    height, width = (side * enlarged for side in pictures.shape[1:3])
     font = ImageFont.load_default(size=12)
     gap, line = 8, 15
-    wrapped = [_wrap(label, font, size) for label in labels]
+    wrapped = [_wrap(label, font, width) for label in labels]
     caption = line * max(len(lines) for lines in wrapped) + 4
     sheet = Image.new(
-        "RGB", (columns * (size + gap) + gap, rows * (size + caption + gap) + gap), "white"
+        "RGB", (columns * (width + gap) + gap, rows * (height + caption + gap) + gap), "white"
     )
     pen = ImageDraw.Draw(sheet)
     for i, (picture, lines) in enumerate(zip(pictures, wrapped, strict=True)):
-        x = gap + (i % columns) * (size + gap)
-        y = gap + (i // columns) * (size + caption + gap)
-        sheet.paste(Image.fromarray(picture).resize((size, size), Image.Resampling.NEAREST), (x, y))
+        x = gap + (i % columns) * (width + gap)
+        y = gap + (i // columns) * (height + caption + gap)
+        shown = Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST)
+        sheet.paste(shown, (x, y))
         for j, text in enumerate(lines):
-            pen.text((x, y + size + 3 + j * line), text, fill="black", font=font)
+            pen.text((x, y + height + 3 + j * line), text, fill="black", font=font)
     return sheet
 
 

@@ -58,7 +58,7 @@ class Validation:
             formulation: of training.
             loader: of the validation split.
             mesh: the batch is spread over it; the batch size is rounded up to fit.
-            samples: at most; the first ones in stored order, bucket by bucket.
+            samples: at most; of each bucket its share, the first ones in stored order.
             levels: K noise levels.
             batch_size: samples in one call.
         """
@@ -81,11 +81,11 @@ class Validation:
 
     def _batches(self) -> Iterator[tuple[Any, np.ndarray, int]]:
         """(global batch, ids, number of real rows); the last batch of a bucket is filled up."""
-        left = self._samples
         place = sharding.batch_sharding(self._mesh)
-        for bucket, count in enumerate(self._loader.counts):
-            ids = self._loader.bucket_ids(bucket)[: min(count, left)]
-            left -= len(ids)
+        ends = np.cumsum(self._loader.counts)
+        shares = np.diff(ends * min(self._samples, ends[-1]) // ends[-1], prepend=0)
+        for bucket, share in enumerate(shares):
+            ids = self._loader.bucket_ids(bucket)[:share]
             for start in range(0, len(ids), self._batch_size):
                 part = ids[start : start + self._batch_size]
                 real = len(part)

@@ -185,16 +185,45 @@ def position_embedding(
             "use a smaller picture or a larger model.pos_embed_max_size"
         )
 
-    def crop(size: int) -> np.ndarray:
-        start = (max_size - size) // 2
-        positions = np.arange(start, start + size, dtype=np.float64)
-        return (positions - (max_size - native) / 2) * (16.0 / native)
+    axis_MF = _position_axis(features, max_size, native)
+    rows_HF, columns_WF = (
+        axis_MF[start : start + size]
+        for size in (height, width)
+        for start in [(max_size - size) // 2]
+    )
+    return np.concatenate(
+        [np.tile(columns_WF, (height, 1)), np.repeat(rows_HF, width, axis=0)], axis=1
+    )
 
-    def embed(coordinates: np.ndarray) -> np.ndarray:
-        quarter = features // 4
-        frequencies = 10000.0 ** (-np.arange(quarter, dtype=np.float64) / quarter)
-        angles = coordinates.reshape(-1, 1) * frequencies
-        return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
-    rows, columns = np.meshgrid(crop(height), crop(width), indexing="ij")
-    return np.concatenate([embed(columns), embed(rows)], axis=1).astype(np.float32)
+def cropped_position_embedding(
+    offset_B2: jax.Array, height: int, width: int, features: int, *, max_size: int, native: int
+) -> jax.Array:
+    """As `position_embedding`, with a crop of its own for each sample.
+
+    Args:
+        offset_B2: int, first row and first column of the crop; at most `max_size` - size.
+        height, width, features, max_size, native: see `position_embedding`.
+
+    Returns:
+        (B, height * width, features) float32.
+    """
+    axis_MF = jnp.asarray(_position_axis(features, max_size, native))
+
+    def one(offset_2: jax.Array) -> jax.Array:
+        rows_HF = jax.lax.dynamic_slice_in_dim(axis_MF, offset_2[0], height)
+        columns_WF = jax.lax.dynamic_slice_in_dim(axis_MF, offset_2[1], width)
+        table = [jnp.tile(columns_WF, (height, 1)), jnp.repeat(rows_HF, width, axis=0)]
+        return jnp.concatenate(table, axis=1)
+
+    return jax.vmap(one)(offset_B2)
+
+
+def _position_axis(features: int, max_size: int, native: int) -> np.ndarray:
+    """Embedding of every position of one axis of the grid, (max_size, features / 2) float32."""
+    positions = np.arange(max_size, dtype=np.float64)
+    coordinates = (positions - (max_size - native) / 2) * (16.0 / native)
+    quarter = features // 4
+    frequencies = 10000.0 ** (-np.arange(quarter, dtype=np.float64) / quarter)
+    angles = coordinates.reshape(-1, 1) * frequencies
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)

@@ -17,6 +17,7 @@ from mmdit_jax.models.layers import (
     Mlp,
     RMSNorm,
     VectorEmbedder,
+    cropped_position_embedding,
     layer_norm,
     modulate,
     patchify,
@@ -176,9 +177,17 @@ class MMDiT(nn.Module):
 
     @nn.compact
     def __call__(
-        self, z_BHWC: jax.Array, t_B: jax.Array, context_BTE: jax.Array, pooled_BV: jax.Array
+        self,
+        z_BHWC: jax.Array,
+        t_B: jax.Array,
+        context_BTE: jax.Array,
+        pooled_BV: jax.Array,
+        offset_B2: jax.Array | None = None,
     ) -> jax.Array:
         """Predicts from a noisy latent, its noise level t in [0, 1], and the text.
+
+        `offset_B2` is where in the position grid each sample begins, row and column; None is the
+        centre.
 
         Returns:
             (B, H, W, C) float32, in whatever prediction the formulation defines.
@@ -194,16 +203,16 @@ class MMDiT(nn.Module):
                 f"({self.patch}) and the channels {self.channels}"
             )
         features = self.depth * HEAD_SIZE
-        positions_ID = position_embedding(
-            height // self.patch,
-            width // self.patch,
-            features,
-            max_size=self.pos_embed_max_size,
-            native=self.pos_embed_native,
-        )
+        grid = {"max_size": self.pos_embed_max_size, "native": self.pos_embed_native}
+        patches = (height // self.patch, width // self.patch)
+        positions_ID = position_embedding(*patches, features, **grid)
         linear = {"features": (features,), "axes": ("features", "embed"), "dtype": self.dtype}
         x_BID = Linear(name="x_embedder", **linear)(patchify(z_BHWC, self.patch))
-        x_BID = x_BID + jnp.asarray(positions_ID, self.dtype)[None]
+        if offset_B2 is None:
+            x_BID = x_BID + jnp.asarray(positions_ID, self.dtype)[None]
+        else:
+            positions_BID = cropped_position_embedding(offset_B2, *patches, features, **grid)
+            x_BID = x_BID + positions_BID.astype(self.dtype)
         c_BTD = Linear(name="context_embedder", **linear)(context_BTE)
         y_BD = VectorEmbedder(features, self.dtype, name="t_embedder")(timestep_features(t_B))
         y_BD = y_BD + VectorEmbedder(features, self.dtype, name="y_embedder")(pooled_BV)

@@ -59,11 +59,14 @@ def mmdit_forward(
     return 2 * (embed + vectors + (depth - 1) * block + last + dual + final)
 
 
-def forward_per_sample(config: Config) -> int:
-    """FLOPs of one forward pass of the config's backbone on one sample."""
+def forward_per_sample(config: Config, size: tuple[int, int] | None = None) -> int:
+    """FLOPs of one forward pass of the config's backbone on one sample.
+
+    `size`: (height, width) of the picture in pixels; None is the square of the resolution.
+    """
     return mmdit_forward(
         depth=config.model.depth,
-        image_tokens=config_lib.image_tokens(config),
+        image_tokens=config_lib.image_tokens(config, size),
         text_tokens=config_lib.text_tokens(config),
         context_width=config.model.context_width,
         pooled_width=config_lib.pooled_width(config),
@@ -72,6 +75,6 @@ def forward_per_sample(config: Config) -> int:
     )
 
 
-def train_step(config: Config) -> int:
-    """Model FLOPs of one training step: three forward passes; remat is not counted."""
-    return TRAINING_FACTOR * forward_per_sample(config) * config.batch_size
+def train_per_sample(config: Config, size: tuple[int, int] | None = None) -> int:
+    """Model FLOPs of training on one sample: three forward passes; remat is not counted."""
+    return TRAINING_FACTOR * forward_per_sample(config, size)

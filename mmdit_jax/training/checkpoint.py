@@ -112,3 +112,25 @@ class Checkpointer:
         """Waits, then releases the directory."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def save_weights(workdir: str | os.PathLike, params: Any, meta: dict[str, Any]) -> None:
+    """Saves parameters alone, as step 0: to sample and to start training from, not to resume.
+
+    Not in the background, and little at once: Orbax copies what it is writing, and the parameters
+    may be most of the memory there is.
+    """
+    largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
+    manager = ocp.CheckpointManager(
+        os.path.join(os.path.abspath(workdir), "checkpoints"),
+        options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False),
+        item_handlers={
+            # The type says int, the limit is any number; it must admit the largest array.
+            "params": ocp.StandardCheckpointHandler(save_concurrent_gb=1.25 * largest / 1e9),
+            "meta": ocp.JsonCheckpointHandler(),
+        },
+    )
+    items = {"params": ocp.args.StandardSave(params), "meta": ocp.args.JsonSave(meta)}
+    if not manager.save(0, args=ocp.args.Composite(**items), force=True):
+        raise RuntimeError(f"{workdir}: weights were not accepted by Orbax")
+    manager.close()

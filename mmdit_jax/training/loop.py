@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
 from mmdit_jax.config import Config
+from mmdit_jax.data.loader import Loader
 from mmdit_jax.scaling import flops
 from mmdit_jax.training.checkpoint import Checkpointer
 from mmdit_jax.training.metrics import Average, MetricWriter, Progress
@@ -76,7 +78,7 @@ def train(
     state: TrainState,
     train_step: Callable,
     batches: Iterator[Any],
-    sample_ids: Callable[[int], Any],
+    loader: Loader,
     checkpointer: Checkpointer,
     writer: MetricWriter,
     hooks: Sequence[Hook],
@@ -84,7 +86,7 @@ def train(
     """Runs steps until `config.steps` or preemption; saves, logs, validates on the way.
 
     Metrics of a step are fetched after the next step has been dispatched, so the device never
-    waits for the host.
+    waits for the host. `batches` are those of the loader from the state's step on.
 
     Raises:
         NonFiniteLoss: naming the step, its samples and the last good checkpoint.
@@ -94,8 +96,11 @@ def train(
     preemption = Preemption()
     progress = Progress(last, active=jax.process_index() == 0)
     average = Average()
-    clock = _Clock(config, first)
+    clock = _Clock(config, loader, first)
     pending: tuple[int, Any] | None = None
+
+    def samples() -> int:
+        return int(loader.samples_before(step).sum())
 
     def fetch() -> None:
         """Waits for the metrics of the step before and checks them."""
@@ -107,7 +112,7 @@ def train(
         if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
             raise NonFiniteLoss(
                 f"step {at}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; samples "
-                f"{list(map(int, sample_ids(at - 1)))[:64]}; last good checkpoint: step "
+                f"{list(map(int, loader.sample_ids(at - 1)))[:64]}; last good checkpoint: step "
                 f"{checkpointer.latest_step()}"
             )
         average.add(metrics)
@@ -120,7 +125,7 @@ def train(
         step += 1
         pending = (step, metrics)
         if step == first + 1:
-            fetch()  # the first step compiles: it is left out of the speed
+            fetch()  # the first step waits for the first batch: it is left out of the speed
             clock.restart(step)
 
         stopping = preemption.reached(step)
@@ -131,18 +136,18 @@ def train(
             fetch()
         if logging_now:
             scalars = average.pop() | clock.read(step)
-            writer.write(step, step * config.batch_size, scalars)
+            writer.write(step, samples(), scalars)
             progress.show(step, scalars, log=True)
         elif step % 10 == 0:
             progress.show(step, clock.peek(step), log=False)
         if saving or due:
             with clock.paused():
                 if saving:
-                    checkpointer.save(state, {"step": step, "samples": step * config.batch_size})
+                    checkpointer.save(state, {"step": step, "samples": samples()})
                 for hook in due:
                     scalars = hook.run(state, step)
                     if scalars:
-                        writer.write(step, step * config.batch_size, scalars)
+                        writer.write(step, samples(), scalars)
                         text = "  ".join(f"{k} {v:.4f}" for k, v in list(scalars.items())[:2])
                         logging.info("step %d  %s  %s", step, hook.name, text)
 
@@ -155,25 +160,33 @@ def train(
 class _Clock:
     """Speed since the last log line, without the time spent in checkpoints and hooks."""
 
-    def __init__(self, config: Config, step: int):
-        self._batch_size = config.batch_size
-        self._flops = flops.train_step(config)
+    def __init__(self, config: Config, loader: Loader, step: int):
+        self._loader = loader
+        self._flops = np.array(
+            [
+                flops.train_per_sample(config, (bucket.height, bucket.width))
+                for bucket in loader.manifest.buckets
+            ],
+            np.float64,
+        )
         self._devices = jax.device_count()
         self._peak = flops.PEAK_FLOPS.get(jax.devices()[0].device_kind)
         self.restart(step)
 
     def restart(self, step: int) -> None:
         self._step, self._start = step, time.monotonic()
+        self._samples = self._loader.samples_before(step)
 
     def peek(self, step: int) -> dict[str, float]:
         steps = step - self._step
         if steps < 1:
             return {}
-        seconds = max(1e-9, (time.monotonic() - self._start) / steps)
-        rate = self._flops / seconds / self._devices
+        seconds = max(1e-9, time.monotonic() - self._start)
+        samples = self._loader.samples_before(step) - self._samples  # of each bucket
+        rate = float(samples @ self._flops) / seconds / self._devices
         scalars = {
-            "perf/images_per_second": self._batch_size / seconds,
-            "perf/seconds_per_step": seconds,
+            "perf/images_per_second": int(samples.sum()) / seconds,
+            "perf/seconds_per_step": seconds / steps,
             "perf/tflops_per_device": rate / 1e12,
         }
         if self._peak:

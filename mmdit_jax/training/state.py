@@ -41,6 +41,7 @@ class Purpose:
     NOISE = 2
     TEXT_DROPOUT = 3
     INIT = 4
+    POSITION = 5
 
 
 def purpose_key(seed: jax.Array | int, step: jax.Array | int, purpose: int) -> jax.Array:

@@ -4,13 +4,15 @@ Every random number of step s comes from fold_in(fold_in(key(seed), s), purpose)
 array over the global batch, so a sample sees the same t, noise, dropout and latent on any mesh.
 """
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from absl import logging
 from jax.sharding import Mesh
 
 from mmdit_jax import sharding
@@ -18,7 +20,7 @@ from mmdit_jax.config import Config
 from mmdit_jax.data import latents
 from mmdit_jax.flow.formulation import Formulation
 from mmdit_jax.training.optimizer import update_ema
-from mmdit_jax.training.state import Purpose, TrainState, purpose_key
+from mmdit_jax.training.state import Purpose, StatePlan, TrainState, purpose_key
 
 T_BINS = 8  # of the training loss by noise level
 
@@ -48,12 +50,13 @@ def make_predict(model: nn.Module, formulation: Formulation) -> Predict:
 
 
 class Noised(NamedTuple):
-    """What a step draws for its batch, before the network."""
+    """What a step draws for its batch, before the network; `offset` into the position grid."""
 
     x0: jax.Array
     eps: jax.Array
     t: jax.Array
     keep: Any
+    offset: jax.Array | None = None
 
 
 def draw(
@@ -64,8 +67,13 @@ def draw(
     formulation: Formulation,
     conditioning: Conditioning,
     autoencoder: Mapping[str, Any],
+    grid: tuple[int, int] | None = None,
 ) -> Noised:
-    """x0, noise, t and kept encoders of every sample of the global batch of `step`."""
+    """x0, noise, t and kept encoders of every sample of the global batch of `step`.
+
+    With `grid` (patches an axis that the position grid holds, side of a patch) also where in the
+    grid each picture lies, every place with equal probability.
+    """
 
     def key(purpose: int) -> jax.Array:
         return purpose_key(seed, step, purpose)
@@ -73,6 +81,11 @@ def draw(
     x0 = latents.to_x0(batch["latent"], autoencoder, key(Purpose.LATENT))
     batch_size = x0.shape[0]
     eps = jax.random.normal(key(Purpose.NOISE), x0.shape, jnp.float32)
+    offset = None
+    if grid is not None:
+        free = jnp.array([grid[0] - side // grid[1] for side in x0.shape[1:3]])
+        offset = jax.random.randint(key(Purpose.POSITION), (batch_size, 2), 0, free[None] + 1)
+        offset = sharding.constrain(offset, "batch", None)
     return Noised(
         x0=sharding.constrain(x0, "batch", None, None, None),
         eps=sharding.constrain(eps, "batch", None, None, None),
@@ -81,6 +94,7 @@ def draw(
             lambda keep_B: sharding.constrain(keep_B, "batch"),
             conditioning.drop_mask(key(Purpose.TEXT_DROPOUT), batch_size),
         ),
+        offset=offset,
     )
 
 
@@ -93,9 +107,11 @@ def make_train_step(
     conditioning: Conditioning,
     autoencoder: Mapping[str, Any],
 ) -> Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, dict[str, jax.Array]]]:
-    """The pure function (state, batch) -> (state, metrics); `jit_train_step` compiles it."""
+    """The pure function (state, batch) -> (state, metrics); `compile_train_step` compiles it."""
     accumulate = config.optimizer.accumulate
     log_logits = config.log.attention_logits
+    random_crop = config.model.get("pos_embed_random_crop", False)
+    grid = (config.model.pos_embed_max_size, config.model.patch) if random_crop else None
 
     def loss_fn(params: Any, text: Any, noised: Noised):
         condition = conditioning.assemble(text, noised.keep)
@@ -105,6 +121,7 @@ def make_train_step(
             formulation.network_input(z, noised.t),
             noised.t,
             *condition,
+            *([] if noised.offset is None else [noised.offset]),
             mutable=["intermediates"] if log_logits else [],
         )
         loss_B = formulation.loss(output, noised.x0, noised.eps, z, noised.t)
@@ -160,6 +177,7 @@ def make_train_step(
             formulation=formulation,
             conditioning=conditioning,
             autoencoder=autoencoder,
+            grid=grid,
         )
         grads, metrics = gradients(state.params, batch["text"], noised)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -180,18 +198,38 @@ def make_train_step(
     return train_step
 
 
-def jit_train_step(train_step: Callable, state_shardings: Any, mesh: Mesh) -> Callable:
-    """Compiles the step for the mesh: the state is donated and stays where it lies."""
+def compile_train_step(
+    train_step: Callable, plan: StatePlan, mesh: Mesh, batches: Sequence[Mapping[str, Any]]
+) -> Callable:
+    """Compiles the step for the mesh: the state is donated and stays where it lies.
+
+    Args:
+        train_step: of `make_train_step`.
+        plan: of the state.
+        mesh: of the run.
+        batches: shapes and dtypes of every batch that will come, one for each bucket. All are
+            compiled now, so that no step of the run waits for the compiler.
+
+    Returns:
+        (state, batch) -> (state, metrics); refuses a batch of another shape.
+    """
     jitted = jax.jit(
         train_step,
-        in_shardings=(state_shardings, sharding.batch_sharding(mesh)),
-        out_shardings=(state_shardings, sharding.replicated(mesh)),
+        in_shardings=(plan.shardings, sharding.batch_sharding(mesh)),
+        out_shardings=(plan.shardings, sharding.replicated(mesh)),
         donate_argnums=0,
     )
+    compiled = {}
+    for batch in batches:
+        shape = batch["latent"].shape
+        start = time.monotonic()
+        with jax.set_mesh(mesh):
+            compiled[shape] = jitted.lower(plan.abstract, batch).compile()
+        seconds = time.monotonic() - start
+        logging.info("compiled the step for latents %s in %.1f s", shape, seconds)
+    logging.info("%d compiled steps for %d shapes of batches", len(compiled), len(batches))
 
     def step(state: TrainState, batch: Mapping[str, Any]):
-        with jax.set_mesh(mesh):
-            return jitted(state, batch)
+        return compiled[batch["latent"].shape](state, batch)
 
-    step.lower = jitted.lower  # for ahead-of-time compilation
     return step

@@ -21,7 +21,9 @@ FREE = (
     "log",
     "mesh",
     "init_from",
+    "init_adapt",
     "data.path",
+    "data.autoencoder",  # its weights are compared with the data set's when it is loaded
     "data.threads",
     "data.prefetch",
     "model.remat",
@@ -65,6 +67,8 @@ def check_resume(workdir: str, config: Config, manifest: Manifest) -> None:
     with open(path, encoding="utf-8") as file:
         saved = json.load(file)
     ours, theirs = _flatten(config_lib.to_json(config)), _flatten(saved["config"])
+    # A run of an earlier version had what is the default of a newer key.
+    theirs = _flatten(config_lib.to_json(config_lib.default())) | theirs
     different = []
     for name in sorted(ours.keys() | theirs.keys()):
         now, before = ours.get(name), theirs.get(name)

@@ -149,6 +149,7 @@ def test_mistakes_of_sample_are_named(trained, tmp_path):
         "no step": [f"--workdir={trained}", "--prompt=a", "--step=5", output],
         "steps": [f"--workdir={trained}", "--prompt=a", "--steps=0", output],
         "solver": [f"--workdir={trained}", "--prompt=a", "--solver=rk4", output],
+        "autoencoder": [f"--workdir={trained}", "--prompt=a", "--autoencoder=vae", output],
     }
     expected = {
         "empty file": "empty.txt|one prompt a line",
@@ -158,6 +159,7 @@ def test_mistakes_of_sample_are_named(trained, tmp_path):
         "no step": "step 5|2, 4, 6",
         "steps": "steps",
         "solver": "rk4|euler",
+        "autoencoder": "--autoencoder=vae|pixels/1|leave it out",
     }
     check(outcomes("mmdit_jax.sample", cases), expected)
     assert not (tmp_path / "out").exists()

@@ -180,6 +180,65 @@ def test_epochs_are_complete(plain, batch_size):
         np.testing.assert_array_equal(np.sort(stream[41 * epoch :][:41]), np.arange(41))
 
 
+def by_area(bucket: Bucket) -> int:
+    """Batches of 8, 16 and 24: a function of the bucket."""
+    return {(32, 32): 16, (16, 64): 8, (64, 16): 24}[bucket.height, bucket.width]
+
+
+def test_each_bucket_has_its_batch_size_and_samples_are_counted(bucketed):
+    loader = Loader(bucketed, batch_size=by_area, seed=1)
+    assert loader.batch_sizes == (16, 8, 24) and loader.filled_buckets() == [0, 1, 2]
+    taken = np.zeros(3, int)
+    for step, batch in enumerate(_take(loader, 40)):
+        np.testing.assert_array_equal(loader.samples_before(step), taken)
+        bucket = loader.bucket_of_step(step)
+        assert batch["latent"].shape == ((16, 4, 4, 2), (8, 2, 8, 2), (24, 8, 2, 2))[bucket]
+        assert loader.abstract_batch(bucket) == jax.eval_shape(lambda batch=batch: batch)
+        np.testing.assert_array_equal(_numbers(batch), loader.sample_ids(step))
+        taken[bucket] += len(batch["latent"])
+    # In proportion to 29, 13 and 3 samples, each within one batch.
+    assert taken.all() and np.abs(taken - taken.sum() * np.array([29, 13, 3]) / 45).max() < 24
+
+
+@pytest.mark.parametrize("hosts", [2, 8])
+def test_hosts_share_batches_of_any_size(bucketed, hosts):
+    settings = dict(batch_size=by_area, seed=5)
+    whole = _take(Loader(bucketed, **settings), 40, start=7)
+    parts = [
+        _take(Loader(bucketed, **settings, process_index=h, process_count=hosts), 40, start=7)
+        for h in range(hosts)
+    ]
+    assert len({len(batch["latent"]) for batch in whole}) == 3
+    for step, batch in enumerate(whole):
+        joined = jax.tree.map(lambda *x: np.concatenate(x), *(part[step] for part in parts))
+        _assert_same(batch, joined)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_devices_share_batches_of_any_size(bucketed, devices):
+    mesh = jax.make_mesh((devices,), ("data",), devices=jax.devices()[:devices])
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    loader = Loader(bucketed, batch_size=by_area, seed=2)
+    host, device = _take(loader, 40, start=7), _take(loader, 40, start=7, sharding=sharding)
+    for one, other in zip(host, device, strict=True):
+        _assert_same(one, jax.tree.map(np.asarray, other))
+
+
+def test_a_batch_size_that_one_bucket_cannot_share_is_refused(bucketed):
+    with pytest.raises(ValueError, match="batch size 8 is not a multiple of 16 hosts"):
+        Loader(bucketed, batch_size=by_area, seed=0, process_index=0, process_count=16)
+
+
+def test_a_latent_of_another_size_than_its_bucket_is_refused(tmp_path):
+    _build(tmp_path, [(0, 3), (1, 3)], sizes=((4, 4), (2, 8)))
+    manifest = Manifest.load(tmp_path)
+    swapped = dataclasses.replace(manifest, buckets=manifest.buckets[::-1])
+    swapped.save(tmp_path)
+    loader = Loader(tmp_path, batch_size=2, seed=0)
+    with pytest.raises(ValueError, match=r"latent of 4 x 4, its bucket of 16 x 64 px.*2 x 8"):
+        loader.abstract_batch(0)
+
+
 def test_bucketed_batches_have_the_shape_of_their_bucket(bucketed):
     batches = _take(Loader(bucketed, batch_size=4, seed=1), 60)
     assert {batch["latent"].shape[1:3] for batch in batches} == {(4, 4), (2, 8), (8, 2)}

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 
 from mmdit_jax.data import order
-from mmdit_jax.data.order import PERIOD, batch_ids, bucket_of_step, period_slots
+from mmdit_jax.data.order import batch_ids, bucket_of_step, samples_before
 
 BUCKETS = (700, 0, 211, 89, 1)
+SIZES = (8, 1, 12, 20, 4)  # of a batch of each bucket
 
 # Integer arithmetic, so the same on every machine.
 GOLDEN_SINGLE = (0, [765, 290, 99, 570, 999, 846, 453, 226])
-GOLDEN_BUCKETS = (2, [41, 82, 32, 142, 132, 153, 33, 105])
+GOLDEN_BUCKETS = (3, [63, 48, 75, 24, 9, 21, 51, 43])
 GOLDEN_DRAWS = [
     [0.7916364990726035, 0.802336516951329],
     [0.8871524679308731, 0.9477604540009283],
@@ -101,52 +102,89 @@ def test_a_changed_batch_size_goes_on_at_the_next_sample(counts):
             assert sorted(stream[start : start + n]) == list(range(n))
 
 
-def test_buckets_come_in_proportion_to_their_samples():
-    slots = period_slots(BUCKETS)
-    assert slots.sum() == PERIOD
-    assert slots[1] == 0 and slots[4] >= 1
-    np.testing.assert_allclose(slots, PERIOD * np.array(BUCKETS) / sum(BUCKETS), atol=1)
-    for period in (0, 3):
-        steps = range(period * PERIOD, (period + 1) * PERIOD)
-        seen = np.bincount([bucket_of_step(BUCKETS, 6, step) for step in steps], minlength=5)
-        np.testing.assert_array_equal(seen, slots)
+def _steps(counts, seed, steps, sizes):
+    return [bucket_of_step(counts, seed, step, sizes) for step in range(steps)]
 
 
-def test_a_rare_bucket_has_a_step_and_the_common_one_gives_it():
-    assert period_slots((10**9, 1, 1, 0)).tolist() == [PERIOD - 2, 1, 1, 0]
+@pytest.mark.parametrize("sizes", [16, SIZES])
+def test_every_bucket_is_within_one_batch_of_its_share_at_every_step(sizes):
+    counts, sizes_ = np.array(BUCKETS), np.broadcast_to(sizes, 5)
+    taken = np.zeros(5)
+    for step, bucket in enumerate(_steps(BUCKETS, 6, 2000, sizes)):
+        np.testing.assert_array_equal(samples_before(BUCKETS, 6, step, sizes), taken)
+        taken[bucket] += sizes_[bucket]
+        # An epoch is a time at which all would be on their share: there is one for this step.
+        low = np.max((taken - sizes_)[counts > 0] / counts[counts > 0])
+        high = np.min((taken + sizes_)[counts > 0] / counts[counts > 0])
+        assert low <= high and taken[1] == 0
+    assert taken[0] / 700 > 10 and taken[4] > 0
 
 
-def test_bucket_schedules_are_shuffled_and_differ_between_periods():
-    first, second = (
-        [bucket_of_step(BUCKETS, 6, period * PERIOD + s) for s in range(64)] for period in (0, 1)
-    )
-    assert first != second and len(set(first)) > 1 and first != sorted(first)
-
-
-@pytest.fixture
-def short_period(monkeypatch):
-    monkeypatch.setattr(order, "PERIOD", 64)
-    order._period.cache_clear()
-    yield
-    order._period.cache_clear()
-
-
-def test_every_bucket_continues_its_own_stream(short_period):
-    steps, batch = 5 * 64 + 30, 25
-    streams = {b: [] for b in range(len(BUCKETS))}
+def test_all_buckets_end_an_epoch_together_and_no_sample_is_left_out():
+    """In 40 epochs each sample comes 40 times, but for the last batch of its bucket."""
+    steps = round(40 * sum(n / size for n, size in zip(BUCKETS, SIZES, strict=True)))
+    seen = [np.zeros(n, int) for n in BUCKETS]
     for step in range(steps):
-        bucket, ids = batch_ids(BUCKETS, 3, step, batch)
+        bucket, ids = batch_ids(BUCKETS, 3, step, SIZES)
+        assert len(ids) == SIZES[bucket]
+        np.add.at(seen[bucket], ids, 1)
+    for number, count in enumerate(seen):
+        if len(count):
+            assert abs(count.sum() - 40 * len(count)) <= 2 * SIZES[number]
+            assert count.max() - count.min() <= max(1, SIZES[number] / len(count))
+
+
+def test_a_bucket_smaller_than_its_batch_comes_more_rarely():
+    counts = (10_000, 2)
+    steps = 40 * 10_000 // 100
+    rare = _steps(counts, 0, steps, (100, 16)).count(1)
+    assert 4 <= rare <= 6  # 40 epochs x 2 samples / 16
+
+
+def test_the_interleaving_is_shuffled_and_belongs_to_the_seed():
+    counts = (600, 400)
+    first, other = (_steps(counts, seed, 200, 10) for seed in (6, 7))
+    assert first != other and first != sorted(first)
+    lengths = [len(list(group)) for _, group in itertools.groupby(first)]
+    assert len(set(lengths)) > 2  # no fixed rhythm
+    assert first[:100] != first[100:]  # nor one that the next epoch repeats
+
+
+def test_every_bucket_continues_its_own_stream():
+    streams = {b: [] for b in range(len(BUCKETS))}
+    for step in range(350):
+        bucket, ids = batch_ids(BUCKETS, 3, step, 25)
         streams[bucket] += ids.tolist()
     for bucket, n in enumerate(BUCKETS):
         stream = streams[bucket]
-        assert bool(stream) == bool(n)
+        assert bool(stream) == (n > 1)  # a single sample comes every 25 epochs
         for start in range(0, len(stream) - n + 1, n or 1):
             assert sorted(stream[start : start + n]) == list(range(n))
 
 
+def test_a_step_asked_for_alone_is_the_step_of_the_whole_schedule():
+    """Found in a window of candidates, or by sorting all batches of all buckets."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        counts = tuple(int(n) for n in rng.integers(0, 3000, 12)) + (1,)
+        sizes = rng.integers(1, 64, 13)
+        placed = []
+        for bucket, n in enumerate(counts):
+            batch = np.arange(-(-4 * n // sizes[bucket]) + 2) if n else np.zeros(0, int)
+            key = order._key(5, order._BUCKETS, bucket, 0)
+            times = (batch + order._unit(order._hash(key, batch))) / (n / sizes[bucket] or 1)
+            placed += [(time, bucket) for time in times]
+        whole = [bucket for time, bucket in sorted(placed) if time < 4]
+        for step in rng.integers(0, len(whole), 40):
+            assert bucket_of_step(counts, 5, step, sizes) == whole[step]
+            before = np.bincount(whole[:step], minlength=13) * sizes
+            np.testing.assert_array_equal(samples_before(counts, 5, step, sizes), before)
+
+
 def test_a_late_step_is_as_quick_as_the_first():
     start = time.perf_counter()
-    batch_ids((10**9, 10**8, 5), 0, 10**9 + 7, 4096)
+    for step in (0, 10**6, 10**9 + 7):
+        batch_ids((10**9, 10**8, 5, *range(10**6, 10**6 + 40)), 0, step, 4096)
     assert time.perf_counter() - start < 1
 
 

@@ -83,7 +83,9 @@ def test_finished_shards_are_not_made_again(settings, images, monkeypatch):
             pipeline.build(ask())
     made = []
     monkeypatch.setattr(
-        pipeline, "ShardWriter", lambda path, file: made.append(file) or ShardWriter(path, file)
+        pipeline,
+        "ShardWriter",
+        lambda path, file, bucket: made.append(file) or ShardWriter(path, file, bucket=bucket),
     )
     monkeypatch.setattr(check.Pictures, "checked", None)  # nor are the pictures looked at again
     pipeline.build(ask())

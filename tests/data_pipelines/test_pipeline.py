@@ -205,6 +205,10 @@ def test_encoders_elsewhere_are_recorded_by_absolute_path(settings, encoder_fold
     assert {n: entry["path"] for n, entry in manifest.text_encoders.items()} == encoder_folders
 
 
+FOLDER = {"source": "folder:/tmp", "count": None}
+NEAR = {**FOLDER, "deduplicate": "near"}
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -217,10 +221,26 @@ def test_encoders_elsewhere_are_recorded_by_absolute_path(settings, encoder_fold
         ({"t5": ""}, "--t5 not given although another text encoder is"),
         ({"clip_l": "/nowhere"}, "/nowhere is no folder"),
         ({"source": "folder:/nowhere", "count": None}, "--source=folder:/nowhere is not a folder"),
-        ({"source": "folder:", "count": None}, "names no folder"),
+        ({"source": "folder:", "count": None}, "--source=folder names no DIR"),
         ({"source": "imagenet"}, "--source=imagenet is unknown; use one of shapes, folder"),
         ({"source": "shapes:big"}, "take none"),
-        ({"source": "folder:/tmp", "count": 5}, "--count=5 is for --source=shapes"),
+        (
+            {"source": "folder:/tmp", "count": 5},
+            "--count=5 has no effect: --source=folder:/tmp is used whole",
+        ),
+        ({"max_aspect": 2.0}, "--max_aspect=2.0 has no effect: --source=shapes draws"),
+        ({"near_clusters": 2}, "--near_clusters=2 has no effect: it needs --deduplicate=near"),
+        ({**FOLDER, "max_aspect": 0.5}, "--max_aspect=0.5 is the longer side over the shorter"),
+        ({**FOLDER, "deduplicate": "all"}, "--deduplicate=all is unknown; use none, exact, near"),
+        ({**FOLDER, "score": "good"}, "--score has 'good', a rule is NAME"),
+        ({**FOLDER, "score": "a>=x"}, "--score has 'a>=x', a rule is NAME"),
+        ({**FOLDER, "filter": "nowhere:f"}, "--filter=nowhere:f cannot be imported"),
+        ({**FOLDER, "filter": "json:nothing"}, "--filter=json:nothing cannot be imported"),
+        ({**FOLDER, "filter": "json:__doc__"}, "--filter=json:__doc__ is a str, a function"),
+        ({**NEAR, "embedding": "json:dumps"}, "--near_threshold=None of --embedding=json:dumps"),
+        ({**NEAR, "near_threshold": 1.5}, "--near_threshold=1.5 of --embedding=phash is a number"),
+        ({**FOLDER, "source": "webdataset:/no/*.tar"}, "--source=webdataset:/no/*.tar matches no"),
+        ({**FOLDER, "source": "jsonl:/no/x.jsonl"}, "--source=jsonl:/no/x.jsonl cannot be read"),
         ({"autoencoder": "magic"}, "--autoencoder=magic is unknown; use one of pixels"),
         ({"pixel_factor": 5}, "--pixel_factor=5 does not divide --resolution=16"),
         ({"output": "/dev/null/out"}, "--output=/dev/null/out cannot be written"),

@@ -74,6 +74,22 @@ def test_a_picture_does_not_depend_on_batch_size_or_mesh():
     assert not np.array_equal(sampler(seed=1)(None, PROMPTS), base)
 
 
+def test_a_picture_of_another_size_is_sampled_by_the_same_sampler():
+    make = sampler()
+    wide = make(1.0, PROMPTS, (2, 8))
+    assert wide.shape == (5, 2, 8, 3) and make(1.0, PROMPTS).shape == (5, 4, 4, 3)
+    for picture, prompt in zip(wide, PROMPTS, strict=True):
+        assert np.abs(picture.astype(int) - 10 * len(prompt)).max() <= 1
+
+
+def test_a_grid_of_wide_pictures_keeps_their_aspect():
+    pictures = np.zeros((3, 8, 32, 3), np.uint8)
+    pictures[1] = (0, 200, 0)
+    pixels = np.asarray(draw_grid(pictures, ["one", "two", "three"], columns=1))
+    rows, columns = np.nonzero((pixels == (0, 200, 0)).all(-1))
+    assert np.ptp(columns) + 1 == 160 and np.ptp(rows) + 1 == 40 and len(rows) == 160 * 40
+
+
 def test_grid_has_a_cell_and_a_label_for_every_picture():
     pictures = np.zeros((5, 16, 16, 3), np.uint8)
     pictures[4] = (0, 200, 0)

@@ -42,18 +42,22 @@ def predict(params, z, t, condition):
     return params * z * jnp.reshape(t, (-1, 1, 1, 1))
 
 
-@functools.cache
-def loss(batch_size=8, devices=1, samples=100, levels=4):
+def validation(loader, batch_size=8, devices=1, samples=100, levels=4):
     return Validation(
         predict=predict,
         assemble=lambda text, keep: (text["t5"]["sequence"],),
         formulation=formulation_lib.make(),
-        loader=FakeLoader(),
+        loader=loader,
         mesh=sharding.make_mesh(devices=jax.devices()[:devices]),
         samples=samples,
         levels=levels,
         batch_size=batch_size,
-    )(jnp.float32(0.5))
+    )
+
+
+@functools.cache
+def loss(**settings):
+    return validation(FakeLoader(), **settings)(jnp.float32(0.5))
 
 
 def test_loss_does_not_depend_on_batch_size_or_mesh():
@@ -77,6 +81,20 @@ def test_triples_are_fixed_but_noise_differs_between_samples():
     one = loss(samples=1)
     assert one.samples == 1 and one.standard_error == 0.0
     assert loss(samples=2).mean != one.mean
+
+
+def test_a_part_of_the_split_has_every_bucket_in_its_share():
+    """Of 27 samples in buckets of 20 and 7, the first 14 would be one bucket alone."""
+    seen = []
+
+    class Spying(FakeLoader):
+        def examples(self, ids, caption=0):
+            seen.append(np.unique(ids))
+            return super().examples(ids, caption)
+
+    found = validation(Spying(), samples=14)(jnp.float32(0.5))
+    assert found.samples == 14
+    np.testing.assert_array_equal(np.concatenate(seen), [*range(10), *range(20, 24)])
 
 
 def test_levels_are_the_midpoints_of_equal_strata():

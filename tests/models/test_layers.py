@@ -47,6 +47,19 @@ def test_position_crop_is_central_for_a_wide_picture():
     assert not np.array_equal(table[0, :, 32:], table[3, :, 32:])
 
 
+def test_a_random_crop_is_a_part_of_the_same_grid():
+    """The centre gives the centre crop; any other place the rows and columns of the whole grid."""
+    grid = {"max_size": 12, "native": 8}
+    whole = layers.position_embedding(12, 12, 64, **grid).reshape(12, 12, 64)
+    offsets = np.array([[4, 2], [0, 0], [8, 4], [1, 3]])
+    crops = layers.cropped_position_embedding(jnp.asarray(offsets), 4, 8, 64, **grid)
+    assert crops.shape == (4, 32, 64) and crops.dtype == jnp.float32
+    np.testing.assert_array_equal(crops[0], layers.position_embedding(4, 8, 64, **grid))
+    for crop, (top, left) in zip(crops, offsets, strict=True):
+        expected = whole[top : top + 4, left : left + 8].reshape(32, 64)
+        np.testing.assert_array_equal(crop, expected)
+
+
 def test_position_embedding_literal():
     table = layers.position_embedding(1, 2, 8, max_size=2, native=2)
     # One row at coordinate 0.5 * 0 ... the grid of 2 positions spans 0 and 8.

@@ -63,7 +63,7 @@ def trained(steps=2, devices=1, mesh=(), changes=()):
             state.params,
         )
     )
-    step = step_lib.jit_train_step(
+    step = step_lib.compile_train_step(
         step_lib.make_train_step(
             config,
             model=parts.model,
@@ -72,8 +72,9 @@ def trained(steps=2, devices=1, mesh=(), changes=()):
             conditioning=parts.conditioning,
             autoencoder=AUTOENCODER,
         ),
-        plan.shardings,
+        plan,
         made,
+        [jax.eval_shape(batch)],
     )
     rows = []
     for i in range(steps):
@@ -157,6 +158,83 @@ def test_the_last_step_decides_what_is_drawn_not_the_mesh():
     first = drawn[0]
     assert len(np.unique(first.t)) == 16  # no two samples share t
     assert abs(np.corrcoef(first.eps[0].ravel(), first.eps[1].ravel())[0, 1]) < 0.5
+
+
+def test_a_batch_of_a_shape_that_was_not_compiled_is_refused():
+    """No step of a run may wait for the compiler."""
+    config = tiny_config(**{"model.depth": 1})
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    _, plan = run.plan(run.build(config), mesh)
+    step = step_lib.compile_train_step(
+        lambda state, batch: (state, {"loss": jnp.mean(batch["latent"])}),
+        plan,
+        mesh,
+        [{"latent": jax.ShapeDtypeStruct((8, 4, 4, 8), jnp.float32)}],
+    )
+    with pytest.raises(KeyError):
+        step(None, {"latent": jnp.zeros((8, 2, 8, 8))})
+
+
+def test_a_random_crop_is_drawn_per_sample_within_the_grid_and_given_to_the_network():
+    """SD3.5-medium; conventions T34. A grid of 9 patches an axis, pictures of 2 x 4 patches."""
+    config = tiny_config(**{"model.pos_embed_random_crop": True, "model.pos_embed_max_size": 9})
+    parts = run.build(config)
+    seen = {}
+
+    class Spy:
+        def apply(self, variables, z, t, context, pooled, offset, mutable=()):
+            jax.debug.callback(lambda offset: seen.update(offset=offset), offset)
+            return jnp.zeros_like(z) * variables["params"]["w"], {}
+
+    step = step_lib.make_train_step(
+        config,
+        model=Spy(),
+        formulation=parts.formulation,
+        optimizer=optax.sgd(1.0),
+        conditioning=parts.conditioning,
+        autoencoder=AUTOENCODER,
+    )
+    params = {"w": jnp.float32(1)}
+    many = batch(512)
+    many["latent"] = np.zeros((512, 4, 8, 8), np.float16)
+    found = []
+    for number in (0, 0, 1):
+        state = state_lib.TrainState(jnp.int32(number), params, None, optax.sgd(1.0).init(params))
+        jax.block_until_ready(jax.jit(step)(state, many))
+        jax.effects_barrier()
+        found.append(np.asarray(seen["offset"]))
+    first, again, other = found
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+    # 8 places for 2 of 9 rows and 6 for 4 of 9 columns, all of them, about equally often.
+    assert set(first[:, 0]) == set(range(8)) and set(first[:, 1]) == set(range(6))
+    assert np.bincount(first[:, 0]).max() < 100 and np.bincount(first[:, 1]).max() < 125
+
+
+def test_no_two_purposes_share_a_key():
+    numbers = [v for name, v in vars(state_lib.Purpose).items() if name.isupper()]
+    assert len(numbers) == len(set(numbers)) == 6
+
+
+def test_where_a_picture_lies_changes_what_the_network_predicts():
+    model = run.build(tiny_config(**{"model.depth": 1})).model
+    rng = np.random.default_rng(0)
+    inputs = (
+        jnp.asarray(rng.normal(size=(2, 4, 4, 4)), jnp.float32),
+        jnp.full((2,), 0.5),
+        jnp.asarray(rng.normal(size=(2, 6, 24)), jnp.float32),
+        jnp.zeros((2, 16)),
+    )
+    params = model.init(jax.random.key(0), *inputs)
+    params = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), params)
+    centre = (192 - 2) // 2
+    plain = np.asarray(model.apply(params, *inputs))
+    same = model.apply(params, *inputs, jnp.full((2, 2), centre))
+    elsewhere = jnp.array([[centre, centre], [centre + 40, centre]])
+    moved = np.asarray(model.apply(params, *inputs, elsewhere))
+    np.testing.assert_allclose(same, plain, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(moved[0], plain[0], rtol=1e-5, atol=1e-6)
+    assert np.abs(moved[1] - plain[1]).max() > 1e-3
 
 
 def test_t_given_to_the_network_is_the_t_of_the_noise_also_in_bfloat16():

@@ -1,0 +1,118 @@
+"""Starting from the weights of another model: what may differ from it, and what becomes of it.
+
+Nothing differs silently. Each of `config.init_adapt` allows one difference; the rest is refused.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+from flax import traverse_util
+
+from mmdit_jax import config as config_lib
+from mmdit_jax.config import Config
+
+EQUAL = ("name", "depth", "patch", "dual_attention_layers", "context_width")
+
+
+def _grid(config: Config) -> tuple[int, int]:
+    return config.model.pos_embed_max_size, config_lib.position_native(config)
+
+
+def check(source: Config, target: Config) -> None:
+    """Compares the model of `target.init_from` with the one that is to start from it.
+
+    Args:
+        source: config of the weights.
+        target: config of the run.
+
+    Raises:
+        ValueError: every difference that `target.init_adapt` does not allow, with its option.
+    """
+    problems, allowed = [], []
+    theirs, ours = source.model, target.model
+    for name in EQUAL:
+        if theirs[name] != ours[name]:
+            problems.append(f"model.{name} is {ours[name]} here, {theirs[name]} there: make it so")
+    widths = config_lib.pooled_width(source), config_lib.pooled_width(target)
+    if widths[0] != widths[1]:
+        problems.append(
+            f"pooled text has {widths[1]} features here, {widths[0]} there: use the text encoders "
+            "of those weights"
+        )
+
+    def difference(option: str, message: str, possible: bool = True, otherwise: str = "") -> None:
+        if possible and target.init_adapt[option]:
+            allowed.append(message)
+        elif possible:
+            remedy = f"config.init_adapt.{option}=True allows it"
+            problems.append(f"{message}: {remedy}{f', or {otherwise}' if otherwise else ''}")
+        else:
+            problems.append(f"{message}: {otherwise}")
+
+    if theirs.qk_norm != ours.qk_norm:
+        difference(
+            "qk_norm",
+            "QK-norm is added with scales of one" if ours.qk_norm else "QK-norm is taken away",
+            possible=ours.qk_norm,
+            otherwise=f"set config.model.qk_norm={theirs.qk_norm}",
+        )
+    if _grid(source) != _grid(target):
+        (size, native), (old_size, old_native) = _grid(target), _grid(source)
+        difference(
+            "position_grid",
+            f"the position grid is {size} for {native} patches an axis here, {old_size} for "
+            f"{old_native} there",
+            otherwise=f"keep theirs with config.model.pos_embed_max_size={old_size} and "
+            f"config.model.pos_embed_native={old_native}",
+        )
+    if theirs.channels != ours.channels:
+        difference(
+            "channels",
+            f"model.channels is {ours.channels} here, {theirs.channels} there (new ones are zero)",
+            possible=ours.channels > theirs.channels,
+            otherwise=f"set config.model.channels={theirs.channels}",
+        )
+    if problems:
+        raise ValueError(f"init_from={target.init_from} is another model: {'; '.join(problems)}")
+    for message in allowed:
+        logging.info("init_adapt: %s", message)
+
+
+def adapt(params: Any, abstract: Any, source: Config, target: Config) -> Any:
+    """The parameters of `source` as those of `target`, after `check`.
+
+    New QK-norm scales are ones. New channels are zero on both sides: the model does not read them
+    and predicts zero for them, and the other channels are as before. Positions are no parameters.
+
+    Args:
+        params: of the source.
+        abstract: shapes of the target.
+        source: config of the weights.
+        target: config of the run.
+    """
+    found = traverse_util.flatten_dict(params)
+    old, new, patches = source.model.channels, target.model.channels, target.model.patch**2
+
+    def more_channels(array: jax.Array, axis: int) -> jax.Array:
+        """Pads the channels of an axis of (row, column, channel) features with zeros."""
+        shape = list(array.shape)
+        split = array.reshape(*shape[:axis], patches, old, *shape[axis + 1 :])
+        padding = [(0, 0)] * split.ndim
+        padding[axis + 1] = (0, new - old)
+        shape[axis] = patches * new
+        return jnp.pad(split, padding).reshape(shape)
+
+    axes = {("x_embedder", "kernel"): 0, ("final_linear", "kernel"): 1, ("final_linear", "bias"): 0}
+    adapted = {}
+    for path, leaf in traverse_util.flatten_dict(abstract).items():
+        if path not in found:
+            assert path[-2] in ("ln_q", "ln_k"), path
+            adapted[path] = jnp.ones(leaf.shape, leaf.dtype)
+        elif path in axes and new != old:
+            adapted[path] = more_channels(found[path], axes[path])
+        else:
+            adapted[path] = found[path]
+        assert adapted[path].shape == leaf.shape, path
+    return traverse_util.unflatten_dict(adapted)

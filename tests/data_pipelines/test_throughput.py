@@ -1,0 +1,105 @@
+"""How much of the machine goes into decoding and resizing, and how much is lost around them."""
+
+import io
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipelines import images
+from data_pipelines.encode import encode_samples
+from data_pipelines.filters import Rules
+from data_pipelines.latents import Pixels
+from data_pipelines.pictures import TOGETHER, Checked, Pictures
+from data_pipelines.samples import Caption, Sample
+from mmdit_jax.data.manifest import Bucket
+from mmdit_jax.data.records import ShardWriter
+
+PICTURES, SIDE, RESOLUTION, ROUNDS = 512, 512, 256, 7
+
+
+class Memory:
+    """A source whose files are in memory: what is measured is not the disk."""
+
+    def __init__(self, files):
+        self.files, self.dropped, self.ignored = files, [], {}
+
+    def read(self, sample):
+        return self.files[int(sample.name)]
+
+
+class NoCaptions:
+    def fields(self, captions):
+        return {}
+
+
+def photographs(count):
+    """Bytes of JPEG files as large as those of photographs: about 1 bit per pixel and more."""
+    rng = np.random.default_rng(0)
+    files = []
+    for _ in range(16):
+        small = Image.fromarray(rng.integers(0, 256, (24, 32, 3), np.uint8))
+        values = np.asarray(small.resize((SIDE + 170, SIDE), Image.Resampling.BICUBIC)).astype(int)
+        noisy = (values + rng.integers(-12, 13, values.shape)).clip(0, 255).astype(np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(noisy).save(file, "JPEG", quality=85)
+        files.append(file.getvalue())
+    return [files[number % len(files)] for number in range(count)]
+
+
+def bare(files, pool, workers):
+    """Decoder and resizer alone, on all cores."""
+
+    def work(part):
+        for data in part:
+            image = Image.open(io.BytesIO(data))
+            image.load()
+            crop = images.centre_crop((image.height, image.width), (RESOLUTION, RESOLUTION))
+            box = (crop.left, crop.top, crop.left + crop.width, crop.top + crop.height)
+            image.resize((RESOLUTION, RESOLUTION), Image.Resampling.LANCZOS, box=box)
+
+    list(pool.map(work, [files[number::workers] for number in range(workers)]))
+
+
+def whole(files, pool, workers, folder):
+    """The build's stages from the bytes of a file to a finished shard."""
+    rules, sizes = Rules(), (Bucket(RESOLUTION, RESOLUTION),)
+    window = 64 + 2 * TOGETHER * workers
+    pictures = Pictures(Memory(files), pool, sizes=sizes, rules=rules, window=window)
+    caption = (Caption("a picture", "original"),)
+    items = [Checked(Sample(str(number), caption)) for number in range(len(files))]
+    with ShardWriter(folder, "train-00000.arrayrecord") as writer:
+        for result in encode_samples(
+            items, pictures, Pixels(1), NoCaptions(), identity="", batch_size=64
+        ):
+            writer.write(result.record)
+    assert writer.shard.records == len(files)
+
+
+@pytest.mark.slow
+def test_the_build_runs_at_four_fifths_of_the_speed_of_decoder_and_resizer(tmp_path):
+    files = photographs(PICTURES)
+    workers = len(os.sched_getaffinity(0))
+    seconds = {bare: [], whole: []}
+    with ThreadPoolExecutor(workers) as pool:
+        for _ in range(ROUNDS):
+            for function, more in ((bare, ()), (whole, (tmp_path,))):
+                start, cpu = time.perf_counter(), time.process_time()
+                function(files, pool, workers, *more)
+                seconds[function].append((time.perf_counter() - start, time.process_time() - cpu))
+    # Of neighbouring rounds, and the middle one: other processes come and go.
+    wall, cpu = (
+        float(np.median([b[unit] / w[unit] for b, w in zip(*seconds.values(), strict=True)]))
+        for unit in (0, 1)
+    )
+    best = {function: min(each[0] for each in times) for function, times in seconds.items()}
+    size = sum(map(len, files)) / len(files)
+    print(
+        f"\n{SIDE} px JPEG of {size / 1e3:.0f} kB to {RESOLUTION} px on {workers} cores: decode "
+        f"and resize {PICTURES / best[bare]:.0f}/s, build {PICTURES / best[whole]:.0f}/s at best; "
+        f"{wall:.0%} of its speed, {cpu:.0%} of the computation is decoding and resizing"
+    )
+    assert wall >= 0.8

@@ -1,0 +1,37 @@
+"""Whether a workdir is that of the run that asks for it."""
+
+import json
+
+import pytest
+
+from mmdit_jax import config as config_lib
+from mmdit_jax.data.manifest import Bucket, Manifest
+from mmdit_jax.training.workdir import check_resume, write_identity
+
+MANIFEST = Manifest({}, (Bucket(32, 32),), {}, {}, 32, "test")
+
+
+def without(workdir, group, key):
+    """Takes a key out of the saved config, as if an earlier version had written it."""
+    path = workdir / "config.json"
+    saved = json.loads(path.read_text())
+    del saved["config"][group][key]
+    path.write_text(json.dumps(saved))
+
+
+def test_a_run_from_before_a_key_existed_had_its_default(tmp_path):
+    config = config_lib.default()
+    write_identity(str(tmp_path), config, MANIFEST)
+    without(tmp_path, "model", "pos_embed_random_crop")
+    check_resume(str(tmp_path), config, MANIFEST)
+    config.model.pos_embed_random_crop = True
+    with pytest.raises(ValueError, match="model.pos_embed_random_crop is True, was False"):
+        check_resume(str(tmp_path), config, MANIFEST)
+
+
+def test_batches_that_would_differ_are_refused(tmp_path):
+    config = config_lib.default()
+    write_identity(str(tmp_path), config, MANIFEST)
+    config.data.batch_multiple = 256
+    with pytest.raises(ValueError, match="data.batch_multiple is 256, was 0"):
+        check_resume(str(tmp_path), config, MANIFEST)
