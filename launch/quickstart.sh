@@ -20,7 +20,8 @@ python -m data_pipelines.build --source=shapes --output="$out/data" --resolution
     --count=16000 --text_length=12 --synthetic_fraction=0.3
 
 say "training"
-python -m mmdit_jax.train --config=configs/shapes.py --workdir="$out/run" \
+# Two devices of one core each share a step better than two threads do: a tenth less time.
+JAX_NUM_CPU_DEVICES=2 python -m mmdit_jax.train --config=configs/shapes.py --workdir="$out/run" \
     --config.data.path="$out/data" ${STEPS:+--config.steps="$STEPS"}
 
 say "evaluation on prompts that do not occur in training"
