@@ -19,5 +19,4 @@ ruff check .
 ruff format --check .
 basedpyright  # pyright, as a wheel that needs no npm
 # A file stays on one worker, so that its fixtures are made once; the slow ones (commands) come first.
-# One worker more than cores: the tests of the commands wait for processes of their own.
-python -m pytest -n "$(($(nproc) + 1))" --dist loadfile --no-loadscope-reorder -m "$select" "$@"
+python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "$select" "$@"

@@ -5,6 +5,7 @@ change of path. What becomes of the outputs is in `conditioning` (and importable
 """
 
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,8 @@ class TextEncoder:
 
 def _load_tokenizer(folder: str | Path) -> Any:
     # Imported here: training assembles conditions but never tokenises; the import takes seconds.
+    # Its advice to install torch is none here: tokenizers are all that is wanted of it.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer
 
     if not Path(folder).is_dir():
