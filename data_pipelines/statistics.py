@@ -16,7 +16,7 @@ from mmdit_jax.data.manifest import Manifest, Shard
 from mmdit_jax.data.records import ShardReader, decode_record
 from mmdit_jax.encoders import autoencoder as vae
 from mmdit_jax.encoders import pixels
-from mmdit_jax.encoders.text import _folders, _load_tokenizer
+from mmdit_jax.encoders.text import folders, load_tokenizer
 
 OPEN_SHARDS = 64
 
@@ -76,7 +76,7 @@ def gather(directory: Path, samples: int) -> Statistics:
     for split, shards in manifest.splits.items():
         for shard in shards:
             bucket = manifest.buckets[shard.bucket]
-            place = buckets.setdefault(f"{bucket.height}x{bucket.width}", Counter())
+            place = buckets.setdefault(str(bucket), Counter())
             place[split] += shard.records
     captions, kinds, read = [], Counter(), 0
     count, sums, squares = 0, np.zeros(()), np.zeros(())
@@ -216,5 +216,5 @@ def _x0(record: Mapping[str, Any], manifest: Manifest) -> np.ndarray:
 def _tokens(directory: Path, path: str, captions: Sequence[str]) -> np.ndarray:
     """How many tokens an encoder makes of each caption, before it cuts."""
     parts = ",".join(os.path.join(directory, part) for part in path.split(","))
-    tokenizer = _load_tokenizer(_folders(parts)[1])
+    tokenizer = load_tokenizer(folders(parts)[1])
     return np.array([len(ids) for ids in tokenizer(list(captions))["input_ids"]])

@@ -229,8 +229,7 @@ def native_patches(config: Config) -> int:
 
 def position_native(config: Config) -> int:
     """Patches an axis at the resolution that the position grid is made for."""
-    # A run of an earlier version has no such key.
-    return config.model.get("pos_embed_native", 0) or native_patches(config)
+    return config.model.pos_embed_native or native_patches(config)
 
 
 def image_tokens(config: Config, size: tuple[int, int] | None = None) -> int:
@@ -309,19 +308,18 @@ def validate(config: Config) -> None:
             f"resolution={data.resolution} is {native_patches(config)} patches an axis, the "
             f"position grid holds {model.pos_embed_max_size}; raise model.pos_embed_max_size"
         )
-    native = model.get("pos_embed_native", 0)
     need(
-        0 <= native <= model.pos_embed_max_size,
-        f"model.pos_embed_native={native} must be between 1 and model.pos_embed_max_size "
-        f"({model.pos_embed_max_size}), or 0 for the resolution's",
+        0 <= model.pos_embed_native <= model.pos_embed_max_size,
+        f"model.pos_embed_native={model.pos_embed_native} must be between 1 and "
+        f"model.pos_embed_max_size ({model.pos_embed_max_size}), or 0 for the resolution's",
     )
     for name in ("dropout", "dropout_all"):
         need(0 <= data[name] < 1, f"data.{name}={data[name]} must be in [0, 1)")
     at_least("data.threads", data.threads, 1)
-    multiple = data.get("batch_multiple", 0)
     need(
-        multiple >= 0 and config.batch_size % (multiple or 1) == 0,
-        f"data.batch_multiple={multiple} must divide batch_size={config.batch_size}, or be 0",
+        data.batch_multiple >= 0 and config.batch_size % (data.batch_multiple or 1) == 0,
+        f"data.batch_multiple={data.batch_multiple} must divide batch_size={config.batch_size}, or "
+        "be 0",
     )
     encoders = data.text_encoders
     need(

@@ -99,7 +99,7 @@ def make_mesh(config: Config) -> Mesh:
 def check_batch(config: Config, mesh: Mesh | AbstractMesh) -> None:
     """Refuses a batch size, or a multiple of it for buckets, that the mesh does not divide."""
     sharding.check_batch(mesh, config.batch_size, config.optimizer.accumulate)
-    multiple = config.data.get("batch_multiple", 0)
+    multiple = config.data.batch_multiple
     ways = sharding.batch_ways(mesh) * config.optimizer.accumulate
     if multiple % ways:
         raise ValueError(
@@ -121,7 +121,7 @@ def batch_size_of(config: Config, bucket: Bucket) -> int:
     return buckets.batch_size(
         config_lib.image_tokens(config, (bucket.height, bucket.width)) + text,
         config.batch_size * (config_lib.image_tokens(config) + text),
-        config.data.get("batch_multiple", 0) or config.batch_size,
+        config.data.batch_multiple or config.batch_size,
     )
 
 
@@ -213,8 +213,7 @@ def make_decoder(
         ValueError: no VAE is known, or another one than the data set was made with.
     """
     about = manifest.autoencoder
-    # A run of an earlier version has no such key.
-    folder = folder or config.data.get("autoencoder", "")
+    folder = folder or config.data.autoencoder
     if about["kind"] == pixels.KIND:
         if folder:
             raise ValueError(
@@ -356,8 +355,11 @@ def init_from(config: Config, state: state_lib.TrainState, plan: state_lib.State
 
     Raises:
         FileNotFoundError: that workdir has no checkpoint.
+        ValueError: its model differs in what `init_adapt` does not allow.
     """
     source = read_config(config.init_from)
+    for difference in warm_start.check(source, config):
+        logging.info("init_adapt: %s", difference)
     weights = "ema" if source.ema.decay > 0 else "raw"
     mesh = jax.tree.leaves(plan.shardings.params)[0].mesh
     params, step = restore_weights(config.init_from, source, mesh, weights=weights)

@@ -134,8 +134,6 @@ def main(argv: list[str]) -> int:
     checkpointer = Checkpointer(workdir, keep=config.checkpoint.keep)
     saved = checkpointer.latest_step()
     if saved is None:
-        if config.init_from:
-            run.check_init_from(config)
         state = state_lib.init_state(config, optimizer, plan)
         if config.init_from:
             state = run.init_from(config, state, plan)

@@ -68,7 +68,7 @@ class VAE:
         self.module, self.params = vae.load(folder, dtype=dtype)
         self.config = self.module.config
         self.dtype = jnp.dtype(dtype).name
-        self.id = f"AutoencoderKL-f{self.config.factor}c{self.config.latent_channels}"
+        self.id = describe_architecture(self.config)["id"]
         self._batch_size, self._mesh = batch_size, mesh
         self._ways, self._place, self._everywhere = 1, None, None
         if mesh is not None:
@@ -86,16 +86,7 @@ class VAE:
 
     def describe(self) -> dict[str, Any]:
         """What a manifest records, JSON-able; `dtype` is that of the encoding."""
-        return {
-            "id": self.id,
-            "hash": self.hash,
-            "factor": self.config.factor,
-            "channels": self.config.latent_channels,
-            "scale": self.config.scale,
-            "shift": self.config.shift,
-            "kind": "moments",
-            "dtype": self.dtype,
-        }
+        return {"hash": self.hash, "dtype": self.dtype, **describe_architecture(self.config)}
 
     def encode(self, pictures_BHWC: np.ndarray) -> np.ndarray:
         """Encodes pictures of one size, in batches of one shape: the last one is filled up.
@@ -169,6 +160,18 @@ class VAE:
         pictures = jax.lax.map(picture, rounds)
         parts = pictures.reshape(-1, self._ways, at_once, h * factor, w * factor, 3)
         return parts.swapaxes(0, 1).reshape(-1, h * factor, w * factor, 3)[:B]
+
+
+def describe_architecture(config: vae.VAEConfig) -> dict[str, Any]:
+    """The part of `VAE.describe` that the config decides."""
+    return {
+        "id": f"AutoencoderKL-f{config.factor}c{config.latent_channels}",
+        "factor": config.factor,
+        "channels": config.latent_channels,
+        "scale": config.scale,
+        "shift": config.shift,
+        "kind": "moments",
+    }
 
 
 def require_recorded(autoencoder: VAE, recorded: Mapping[str, Any]) -> None:

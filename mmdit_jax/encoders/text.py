@@ -37,6 +37,7 @@ __all__ = [
     "assemble",
     "count_truncated",
     "describe",
+    "describe_architecture",
     "drop_mask",
     "encode",
     "load_text_encoders",
@@ -91,7 +92,7 @@ class TextEncoder:
         self.folder = Path(folder)
         self.module, self.params = LOADERS[name](folder, dtype=dtype)
         config = self.module.config
-        self.tokenizer = _load_tokenizer(tokenizer_folder)
+        self.tokenizer = load_tokenizer(tokenizer_folder)
         padding_rows = 0 if name in CLIP_NAMES else T5_PADDING_ROWS
         _check_vocabulary(self.tokenizer, config.vocab_size, padding_rows, tokenizer_folder, folder)
         most = config.max_length if name in CLIP_NAMES else None
@@ -101,9 +102,9 @@ class TextEncoder:
         self.length = length
         self.batch_size = batch_size
         self.width = config.width
-        self.pooled_width = config.pooled_width if name in CLIP_NAMES else None
-        self.layer = "penultimate" if name in CLIP_NAMES else "final"
-        self.id = f"{type(self.module).__name__}-{config.layers}x{config.width}"
+        architecture = describe_architecture(config)
+        self.pooled_width, self.layer = architecture["pooled_width"], architecture["layer"]
+        self.id = architecture["id"]
         self._ids_sharding, self._ways = None, 1
         if mesh is not None:
             sharding.check_batch(mesh, batch_size)
@@ -169,7 +170,12 @@ class TextEncoder:
         }
 
 
-def _load_tokenizer(folder: str | Path) -> Any:
+def load_tokenizer(folder: str | Path) -> Any:
+    """Loads a Hugging Face tokenizer; its vocabulary is not checked here.
+
+    Raises:
+        FileNotFoundError: no folder, or no tokenizer files in it.
+    """
     # Imported here: training assembles conditions but never tokenises; the import takes seconds.
     # Its advice to install torch is none here: tokenizers are all that is wanted of it.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -219,7 +225,7 @@ def _check_vocabulary(
         )
 
 
-def _folders(entry: str) -> tuple[Path, Path]:
+def folders(entry: str) -> tuple[Path, Path]:
     """Splits "MODEL" or "MODEL,TOKENIZER"; without the latter, finds the tokenizer of the model."""
     model, comma, tokenizer = str(entry).partition(",")
     folder = Path(model.strip())
@@ -266,7 +272,7 @@ def load_text_encoders(
     return {
         name: TextEncoder(
             name,
-            *_folders(paths[name]),
+            *folders(paths[name]),
             lengths[name],
             dtype=dtype,
             batch_size=batch_size,
@@ -291,14 +297,27 @@ def count_truncated(encoders: Mapping[str, TextEncoder], captions: Sequence[str]
 
 def describe(encoder: TextEncoder) -> dict[str, Any]:
     """Returns what a manifest records of an encoder, JSON-able."""
+    architecture = describe_architecture(encoder.module.config)
+    return {"hash": encoder.hash, "length": encoder.length, **architecture}
+
+
+def describe_architecture(config: clip.CLIPTextConfig | t5.T5Config) -> dict[str, Any]:
+    """Returns the part of `describe` that an encoder's config decides."""
+    sizes = f"{config.layers}x{config.width}"
+    if isinstance(config, clip.CLIPTextConfig):
+        return {
+            "id": f"{clip.CLIPTextEncoder.__name__}-{sizes}",
+            "kind": "clip",
+            "width": config.width,
+            "pooled_width": config.pooled_width,
+            "layer": "penultimate",
+        }
     return {
-        "id": encoder.id,
-        "hash": encoder.hash,
-        "kind": "clip" if encoder.name in CLIP_NAMES else "t5",
-        "length": encoder.length,
-        "width": encoder.width,
-        "pooled_width": encoder.pooled_width,
-        "layer": encoder.layer,
+        "id": f"{t5.T5Encoder.__name__}-{sizes}",
+        "kind": "t5",
+        "width": config.width,
+        "pooled_width": None,
+        "layer": "final",
     }
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-from mmdit_jax.encoders import clip, t5, vae
+from mmdit_jax.encoders import autoencoder, clip, t5, text, vae
 from mmdit_jax.encoders import folder as hf_folder
 from mmdit_jax.interop.tensors import Stored, Tensors, check_names, write_folder
 
@@ -284,30 +284,7 @@ def describe(name: str, folder: str | Path, length: int = 77) -> dict[str, Any]:
     }
     if name == "vae":
         config = vae.VAEConfig.from_folder(folder)
-        return about | {
-            "id": f"AutoencoderKL-f{config.factor}c{config.latent_channels}",
-            "factor": config.factor,
-            "channels": config.latent_channels,
-            "scale": config.scale,
-            "shift": config.shift,
-            "kind": "moments",
-            "dtype": "float32",
-        }
-    about["length"] = length
-    if name == "t5":
-        config = t5.T5Config.from_folder(folder)
-        return about | {
-            "id": f"T5Encoder-{config.layers}x{config.width}",
-            "kind": "t5",
-            "width": config.width,
-            "pooled_width": None,
-            "layer": "final",
-        }
-    config = clip.CLIPTextConfig.from_folder(folder)
-    return about | {
-        "id": f"CLIPTextEncoder-{config.layers}x{config.width}",
-        "kind": "clip",
-        "width": config.width,
-        "pooled_width": config.pooled_width,
-        "layer": "penultimate",
-    }
+        return about | autoencoder.describe_architecture(config) | {"dtype": "float32"}
+    config_class = t5.T5Config if name == "t5" else clip.CLIPTextConfig
+    architecture = text.describe_architecture(config_class.from_folder(folder))
+    return about | architecture | {"length": length}

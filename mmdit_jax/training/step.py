@@ -110,8 +110,9 @@ def make_train_step(
     """The pure function (state, batch) -> (state, metrics); `compile_train_step` compiles it."""
     accumulate = config.optimizer.accumulate
     log_logits = config.log.attention_logits
-    random_crop = config.model.get("pos_embed_random_crop", False)
-    grid = (config.model.pos_embed_max_size, config.model.patch) if random_crop else None
+    grid = None
+    if config.model.pos_embed_random_crop:
+        grid = (config.model.pos_embed_max_size, config.model.patch)
 
     def loss_fn(params: Any, text: Any, noised: Noised):
         condition = conditioning.assemble(text, noised.keep)

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import logging
 from flax import traverse_util
 
 from mmdit_jax import config as config_lib
@@ -20,12 +19,15 @@ def _grid(config: Config) -> tuple[int, int]:
     return config.model.pos_embed_max_size, config_lib.position_native(config)
 
 
-def check(source: Config, target: Config) -> None:
+def check(source: Config, target: Config) -> list[str]:
     """Compares the model of `target.init_from` with the one that is to start from it.
 
     Args:
         source: config of the weights.
         target: config of the run.
+
+    Returns:
+        The differences that `target.init_adapt` allows, for people.
 
     Raises:
         ValueError: every difference that `target.init_adapt` does not allow, with its option.
@@ -76,8 +78,7 @@ def check(source: Config, target: Config) -> None:
         )
     if problems:
         raise ValueError(f"init_from={target.init_from} is another model: {'; '.join(problems)}")
-    for message in allowed:
-        logging.info("init_adapt: %s", message)
+    return allowed
 
 
 def adapt(params: Any, abstract: Any, source: Config, target: Config) -> Any:

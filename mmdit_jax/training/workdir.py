@@ -66,9 +66,7 @@ def check_resume(workdir: str, config: Config, manifest: Manifest) -> None:
         return
     with open(path, encoding="utf-8") as file:
         saved = json.load(file)
-    ours, theirs = _flatten(config_lib.to_json(config)), _flatten(saved["config"])
-    # A run of an earlier version had what is the default of a newer key.
-    theirs = _flatten(config_lib.to_json(config_lib.default())) | theirs
+    ours, theirs = _flatten(config_lib.to_json(config)), _flatten(_complete(saved["config"]))
     different = []
     for name in sorted(ours.keys() | theirs.keys()):
         now, before = ours.get(name), theirs.get(name)
@@ -122,4 +120,17 @@ def read_config(workdir: str) -> Config:
             "give the --workdir of `python -m mmdit_jax.train`"
         )
     with open(path, encoding="utf-8") as file:
-        return ConfigDict(json.load(file)["config"])
+        return ConfigDict(_complete(json.load(file)["config"]))
+
+
+def _complete(saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved config with the keys that are newer than it: it meant what is their default."""
+
+    def fill(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+        filled = {
+            key: fill(value, defaults.get(key, {})) if isinstance(value, dict) else value
+            for key, value in values.items()
+        }
+        return defaults | filled
+
+    return fill(saved, config_lib.to_json(config_lib.default()))

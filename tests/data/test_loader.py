@@ -2,12 +2,6 @@
 
 import dataclasses
 import itertools
-import os
-import socket
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,87 +9,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mmdit_jax.data.loader import Loader
-from mmdit_jax.data.manifest import Bucket, Manifest, Shard
+from mmdit_jax.data.manifest import Bucket, Manifest
 from mmdit_jax.data.records import ShardWriter
-
-# Name -> width of the sequence and of the pooled vector.
-TEXT = {"clip_l": (6, 3), "clip_g": (10, 5), "t5": (8, 0)}
-FULL_TEXT = {"clip_l": (768, 768), "clip_g": (1280, 1280), "t5": (4096, 0)}
-TOKENS = 4
-
-
-def _record(number, height, width, channels, captions, text, tokens):
-    """A sample whose latent says its number, and whose text says its number and caption."""
-    rng = np.random.default_rng(number)
-    latent = rng.standard_normal((height, width, channels)).astype(np.float16)
-    latent[0, 0, 0] = number
-    record = {
-        "latent": latent,
-        "captions": [f"{number} {c}" for c in range(captions)],
-        "caption_kinds": [("original", "synthetic")[min(c, 1)] for c in range(captions)],
-        "original_size": np.array([height, width], np.int32),
-        "crop": np.array([0, 0, height, width], np.int32),
-        "key": str(number),
-    }
-    for name, (sequence, pooled) in text.items():
-        states = rng.standard_normal((captions, tokens, sequence)).astype(np.float16)
-        states[:, 0, 0], states[:, 0, 1] = number, np.arange(captions)
-        record[f"text/{name}/sequence"] = states
-        if pooled:
-            record[f"text/{name}/pooled"] = states[:, 0, :pooled].astype(np.float32)
-    return record
-
-
-def _build(
-    directory,
-    shards,
-    validation=(),
-    *,
-    sizes=((4, 4),),
-    channels=2,
-    captions=3,
-    text=TEXT,
-    tokens=TOKENS,
-):
-    """Writes shards given as (bucket, records); samples are numbered through the splits."""
-    splits, number = {"train": [], "validation": []}, itertools.count()
-    for split, layout in (("train", shards), ("validation", validation)):
-        for index, (bucket, records) in enumerate(layout):
-            file = f"{split}-{index:05d}.arrayrecord"
-            with ShardWriter(directory, file, bucket=bucket) as writer:
-                for n in itertools.islice(number, records):
-                    writer.write(_record(n, *sizes[bucket], channels, captions, text, tokens))
-            splits[split].append(writer.shard)
-    Manifest(
-        splits=splits,
-        buckets=tuple(Bucket(8 * height, 8 * width) for height, width in sizes),
-        autoencoder={"factor": 8, "channels": channels, "kind": "mean"},
-        text_encoders={name: {"length": tokens} for name in text},
-        resolution=32,
-        source="test",
-    ).save(directory)
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-    """One bucket: 41 training samples in shards of unequal size, one of them empty."""
-    directory = tmp_path_factory.mktemp("plain")
-    _build(directory, [(0, 9), (0, 20), (0, 0), (0, 12)], [(0, 5), (0, 2)])
-    return directory
-
-
-@pytest.fixture(scope="module")
-def bucketed(tmp_path_factory):
-    """Three buckets whose shards alternate."""
-    directory = tmp_path_factory.mktemp("bucketed")
-    layout = [(0, 9), (1, 6), (0, 20), (2, 3), (1, 7)]
-    _build(directory, layout, [(0, 2), (1, 2)], sizes=((4, 4), (2, 8), (8, 2)))
-    return directory
-
-
-@pytest.fixture(params=["plain", "bucketed"])
-def directory(request):
-    return request.getfixturevalue(request.param)
+from tests.data.making import TEXT, TOKENS, build, record_of
 
 
 def _take(loader, steps, start=0, sharding=None):
@@ -230,7 +146,7 @@ def test_a_batch_size_that_one_bucket_cannot_share_is_refused(bucketed):
 
 
 def test_a_latent_of_another_size_than_its_bucket_is_refused(tmp_path):
-    _build(tmp_path, [(0, 3), (1, 3)], sizes=((4, 4), (2, 8)))
+    build(tmp_path, [(0, 3), (1, 3)], sizes=((4, 4), (2, 8)))
     manifest = Manifest.load(tmp_path)
     swapped = dataclasses.replace(manifest, buckets=manifest.buckets[::-1])
     swapped.save(tmp_path)
@@ -333,7 +249,7 @@ def test_settings_that_do_not_fit_the_data_set_are_refused(plain):
 
 @pytest.mark.parametrize("threads", [0, 3])
 def test_a_damaged_record_stops_with_shard_and_index(tmp_path, threads):
-    _build(tmp_path, [(0, 5), (0, 6)])
+    build(tmp_path, [(0, 5), (0, 6)])
     latent = Loader(tmp_path, batch_size=11, seed=0).record(5 + 2)["latent"]
     path = tmp_path / "train-00001.arrayrecord"
     content = bytearray(path.read_bytes())
@@ -346,7 +262,7 @@ def test_a_damaged_record_stops_with_shard_and_index(tmp_path, threads):
 
 
 def test_a_truncated_shard_is_listed_before_the_first_batch(tmp_path):
-    _build(tmp_path, [(0, 5), (0, 6)])
+    build(tmp_path, [(0, 5), (0, 6)])
     path = tmp_path / "train-00001.arrayrecord"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match="1 of 2 shards.*train-00001.arrayrecord [(]"):
@@ -369,91 +285,10 @@ def test_a_truncated_shard_is_listed_before_the_first_batch(tmp_path):
 def test_a_record_unlike_the_others_is_named(tmp_path, change, rule):
     with ShardWriter(tmp_path, "a") as writer:
         for number in range(4):
-            record = _record(number, 4, 4, 2, 3, TEXT, TOKENS) | (change if number == 3 else {})
+            record = record_of(number, 4, 4, 2, 3, TEXT, TOKENS) | (change if number == 3 else {})
             writer.write({field: value for field, value in record.items() if value is not None})
     encoders = {name: {} for name in TEXT}
     Manifest({"train": (writer.shard,)}, (Bucket(32, 32),), {}, encoders, 32, "test").save(tmp_path)
     with pytest.raises(ValueError, match=rule) as error:
         Loader(tmp_path, batch_size=1, seed=0).examples([0, 1, 2, 3])
     assert str(tmp_path / "a") + " record 3" in str(error.value)
-
-
-def test_a_billion_samples_start_at_once_and_open_nothing(tmp_path, monkeypatch):
-    _build(tmp_path, [(0, 1)])
-    manifest = Manifest.load(tmp_path)
-    shards = tuple(Shard(f"{n}.arrayrecord", n % 3, 100_000, 10**11, "") for n in range(10_000))
-    buckets = (Bucket(32, 32),) * 3
-    manifest = dataclasses.replace(manifest, splits={"train": shards}, buckets=buckets)
-    manifest.save(tmp_path)
-    monkeypatch.setattr(Manifest, "check_shards", lambda *_: None)
-    start = time.perf_counter()
-    loader = Loader(tmp_path, batch_size=4096, seed=0)
-    for step in (0, 1, 10**6, 10**9):
-        assert len(set(loader.sample_ids(step).tolist())) == 4096
-    assert time.perf_counter() - start < 2
-    assert loader.records == 10**9
-    with pytest.raises(ValueError, match="arrayrecord has 0 readable records"):
-        loader.record(999_999_999)
-
-
-_WORKER = """
-import sys
-import jax
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 4)
-port, process, directory = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-jax.distributed.initialize(f"localhost:{port}", 2, process, shutdown_timeout_seconds=10)
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from mmdit_jax.data.loader import Loader
-devices = np.array(jax.devices())
-# First each host holds one half, then every host holds all rows, then rows alternate between hosts.
-for mesh in (devices.reshape(8, 1), devices.reshape(2, 4).T, devices.reshape(2, 4).T.reshape(8, 1)):
-    sharding = NamedSharding(Mesh(mesh, ("data", "tensor")), PartitionSpec("data"))
-    loader = Loader(directory, batch_size=16, seed=2)
-    whole = Loader(directory, batch_size=16, seed=2, process_index=0, process_count=1)
-    for step, batch in zip(range(3), loader.batches(0, sharding)):
-        expected = whole.host_batch(step, np.arange(16))
-        for array, other in zip(jax.tree.leaves(batch), jax.tree.leaves(expected), strict=True):
-            assert array.shape == other.shape
-            for shard in array.addressable_shards:
-                np.testing.assert_array_equal(shard.data, other[shard.index])
-print("equal", flush=True)
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_build_the_same_global_arrays(plain):
-    root = Path(__file__).resolve().parents[2]
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=root)
-    command = [sys.executable, "-c", _WORKER, port]
-    workers = [subprocess.Popen([*command, str(p), str(plain)], **pipes) for p in range(2)]
-    for worker in workers:
-        output, _ = worker.communicate(timeout=120)
-        assert worker.returncode == 0 and "equal" in output, output
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("batch_size", [16, 64])
-def test_full_size_records_are_read_at_900_per_second(tmp_path, batch_size):
-    """Records of 1 MB from a warm page cache; needs two idle cores."""
-    full = dict(sizes=((32, 32),), channels=32, captions=1, text=FULL_TEXT, tokens=77)
-    _build(tmp_path, [(0, 64)] * 4, **full)
-    batches = Loader(tmp_path, batch_size=batch_size, seed=0).batches()
-    rates = []
-    for _ in range(6):
-        start = time.perf_counter()
-        for _ in range(768 // batch_size):
-            next(batches)
-        rates.append(768 / (time.perf_counter() - start))
-    batches.close()
-    print(f"records/s at batch size {batch_size}: {', '.join(f'{rate:.0f}' for rate in rates)}")
-    # The first warms up. The best of the others, because other programs only make it slower.
-    if max(rates[1:]) < 900 and os.getloadavg()[0] > os.cpu_count() + 1:
-        pytest.skip(
-            f"the machine is busy: load {os.getloadavg()[0]:.1f}, {max(rates):.0f} records/s"
-        )
-    assert max(rates[1:]) >= 900

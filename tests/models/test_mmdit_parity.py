@@ -9,8 +9,7 @@ import pytest
 from mmdit_jax.interop import mmdit as interop
 from mmdit_jax.interop.tensors import Tensors
 from mmdit_jax.models.layers import position_embedding
-
-GRID, NATIVE = 12, 4
+from tests.testdata.make_interop_goldens import CONTEXT, GRID, NATIVE, POOLED, transformer
 
 
 @pytest.mark.parity
@@ -19,25 +18,10 @@ GRID, NATIVE = 12, 4
 )
 def test_outputs_agree_with_diffusers(tmp_path, qk_norm, dual):
     import torch
-    from diffusers import SD3Transformer2DModel
 
-    depth, context_width, pooled_width = 4, 32, 24
+    depth = 4
     torch.manual_seed(0)
-    theirs = SD3Transformer2DModel(
-        sample_size=2 * NATIVE,
-        patch_size=2,
-        in_channels=16,
-        num_layers=depth,
-        attention_head_dim=64,
-        num_attention_heads=depth,
-        joint_attention_dim=context_width,
-        caption_projection_dim=64 * depth,
-        pooled_projection_dim=pooled_width,
-        out_channels=16,
-        pos_embed_max_size=GRID,
-        dual_attention_layers=tuple(range(dual)),
-        qk_norm="rms_norm" if qk_norm else None,
-    ).eval()
+    theirs = transformer(depth, qk_norm, dual)
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
@@ -55,8 +39,8 @@ def test_outputs_agree_with_diffusers(tmp_path, qk_norm, dual):
     rng = np.random.default_rng(0)
     z = rng.normal(size=(2, 12, 16, 16)).astype(np.float32)  # H != W
     t = np.array([0.03725, 0.8], np.float32)
-    context = rng.normal(size=(2, 7, context_width)).astype(np.float32)
-    pooled = rng.normal(size=(2, pooled_width)).astype(np.float32)
+    context = rng.normal(size=(2, 7, CONTEXT)).astype(np.float32)
+    pooled = rng.normal(size=(2, POOLED)).astype(np.float32)
     ours = jax.jit(model.apply)({"params": params}, z, t, context, pooled)
     with torch.no_grad():
         expected = theirs(

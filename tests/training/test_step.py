@@ -175,6 +175,18 @@ def test_a_batch_of_a_shape_that_was_not_compiled_is_refused():
         step(None, {"latent": jnp.zeros((8, 2, 8, 8))})
 
 
+def step_of(parts, model):
+    """The training step of another model."""
+    return step_lib.make_train_step(
+        parts.config,
+        model=model,
+        formulation=parts.formulation,
+        optimizer=optax.sgd(1.0),
+        conditioning=parts.conditioning,
+        autoencoder=AUTOENCODER,
+    )
+
+
 def test_a_random_crop_is_drawn_per_sample_within_the_grid_and_given_to_the_network():
     """SD3.5-medium; conventions T34. A grid of 9 patches an axis, pictures of 2 x 4 patches."""
     config = tiny_config(**{"model.pos_embed_random_crop": True, "model.pos_embed_max_size": 9})
@@ -186,14 +198,7 @@ def test_a_random_crop_is_drawn_per_sample_within_the_grid_and_given_to_the_netw
             jax.debug.callback(lambda offset: seen.update(offset=offset), offset)
             return jnp.zeros_like(z) * variables["params"]["w"], {}
 
-    step = step_lib.make_train_step(
-        config,
-        model=Spy(),
-        formulation=parts.formulation,
-        optimizer=optax.sgd(1.0),
-        conditioning=parts.conditioning,
-        autoencoder=AUTOENCODER,
-    )
+    step = step_of(parts, Spy())
     params = {"w": jnp.float32(1)}
     many = batch(512)
     many["latent"] = np.zeros((512, 4, 8, 8), np.float16)
@@ -248,14 +253,7 @@ def test_t_given_to_the_network_is_the_t_of_the_noise_also_in_bfloat16():
             jax.debug.callback(lambda z, t: seen.update(z=z, t=t), z, t)
             return jnp.zeros_like(z) * variables["params"]["w"], {}
 
-    step = step_lib.make_train_step(
-        config,
-        model=Spy(),
-        formulation=parts.formulation,
-        optimizer=optax.sgd(1.0),
-        conditioning=parts.conditioning,
-        autoencoder=AUTOENCODER,
-    )
+    step = step_of(parts, Spy())
     params = {"w": jnp.float32(1)}
     state = state_lib.TrainState(jnp.int32(0), params, None, optax.sgd(1.0).init(params))
     jax.jit(step)(state, batch())

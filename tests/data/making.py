@@ -1,0 +1,64 @@
+"""Small data sets whose samples say their number."""
+
+import itertools
+
+import numpy as np
+
+from mmdit_jax.data.manifest import Bucket, Manifest
+from mmdit_jax.data.records import ShardWriter
+
+# Name -> width of the sequence and of the pooled vector.
+TEXT = {"clip_l": (6, 3), "clip_g": (10, 5), "t5": (8, 0)}
+TOKENS = 4
+
+
+def record_of(number, height, width, channels, captions, text, tokens):
+    """A sample whose latent says its number, and whose text says its number and caption."""
+    rng = np.random.default_rng(number)
+    latent = rng.standard_normal((height, width, channels)).astype(np.float16)
+    latent[0, 0, 0] = number
+    record = {
+        "latent": latent,
+        "captions": [f"{number} {c}" for c in range(captions)],
+        "caption_kinds": [("original", "synthetic")[min(c, 1)] for c in range(captions)],
+        "original_size": np.array([height, width], np.int32),
+        "crop": np.array([0, 0, height, width], np.int32),
+        "key": str(number),
+    }
+    for name, (sequence, pooled) in text.items():
+        states = rng.standard_normal((captions, tokens, sequence)).astype(np.float16)
+        states[:, 0, 0], states[:, 0, 1] = number, np.arange(captions)
+        record[f"text/{name}/sequence"] = states
+        if pooled:
+            record[f"text/{name}/pooled"] = states[:, 0, :pooled].astype(np.float32)
+    return record
+
+
+def build(
+    directory,
+    shards,
+    validation=(),
+    *,
+    sizes=((4, 4),),
+    channels=2,
+    captions=3,
+    text=TEXT,
+    tokens=TOKENS,
+):
+    """Writes shards given as (bucket, records); samples are numbered through the splits."""
+    splits, number = {"train": [], "validation": []}, itertools.count()
+    for split, layout in (("train", shards), ("validation", validation)):
+        for index, (bucket, records) in enumerate(layout):
+            file = f"{split}-{index:05d}.arrayrecord"
+            with ShardWriter(directory, file, bucket=bucket) as writer:
+                for n in itertools.islice(number, records):
+                    writer.write(record_of(n, *sizes[bucket], channels, captions, text, tokens))
+            splits[split].append(writer.shard)
+    Manifest(
+        splits=splits,
+        buckets=tuple(Bucket(8 * height, 8 * width) for height, width in sizes),
+        autoencoder={"factor": 8, "channels": channels, "kind": "mean"},
+        text_encoders={name: {"length": tokens} for name in text},
+        resolution=32,
+        source="test",
+    ).save(directory)
