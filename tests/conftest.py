@@ -1,6 +1,7 @@
 """Eight virtual CPU devices for every test, strict rank promotion, no network."""
 
 import atexit
+import importlib.metadata
 import os
 import shutil
 import tempfile
@@ -8,11 +9,12 @@ import tempfile
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Tests compile much and compute little: without LLVM's optimizations they take a fifth of the time.
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
-)
+# Tests compile much and compute little: without LLVM's optimizations they take a fifth of the time,
+# and jaxlib 0.10's other emitter of fusions, which newer ones no longer have, halves the rest.
+fast = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    fast.append("--xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("XLA_FLAGS", " ".join(fast))
 # The tests of the commands start many processes that compile the same programs: the first one's are
 # kept for the others, until this run of the tests ends. Workers inherit the folder.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

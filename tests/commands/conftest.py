@@ -1,5 +1,8 @@
 """A data set, a trained run, and a way to run commands."""
 
+import fcntl
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,32 +18,54 @@ def commands() -> Commands:
 
 
 @pytest.fixture(scope="session")
-def data(tmp_path_factory) -> Path:
-    """48 captioned shapes at 16 px."""
-    output = tmp_path_factory.mktemp("data") / "shapes"
-    build(
-        Settings(
-            source="shapes",
-            output=str(output),
-            resolution=16,
-            count=48,
-            validation_count=8,
-            text_length=12,
-        )
-    )
-    return output
+def once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Makes a folder by a name, in the first of the processes of pytest that needs it."""
+
+    def folder(name: str, make: Callable[[Path], object]) -> Path:
+        base = tmp_path_factory.getbasetemp()
+        path = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+        with open(f"{path}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            done = Path(f"{path}.done")
+            if not done.exists():
+                make(path)
+                done.touch()
+        return path
+
+    return folder
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory, commands, data) -> Path:
+def data(once) -> Path:
+    """48 captioned shapes at 16 px."""
+
+    def make(output: Path) -> None:
+        build(
+            Settings(
+                source="shapes",
+                output=str(output),
+                resolution=16,
+                count=48,
+                validation_count=8,
+                text_length=12,
+            )
+        )
+
+    return once("shapes", make)
+
+
+@pytest.fixture(scope="session")
+def trained(once, commands, data) -> Path:
     """The workdir of an uninterrupted run."""
-    workdir = tmp_path_factory.mktemp("runs") / "whole"
-    commands.run(
-        "mmdit_jax.train",
-        *TRAIN,
-        f"--workdir={workdir}",
-        f"--config.data.path={data}",
-        "--config.evaluation.every=3",
-        "--config.samples.every=6",
-    )
-    return workdir
+
+    def make(workdir: Path) -> None:
+        commands.run(
+            "mmdit_jax.train",
+            *TRAIN,
+            f"--workdir={workdir}",
+            f"--config.data.path={data}",
+            "--config.evaluation.every=3",
+            "--config.samples.every=6",
+        )
+
+    return once("trained", make)

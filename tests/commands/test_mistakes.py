@@ -2,60 +2,13 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 
-from tests.commands.running import ROOT, TRAIN, environment
-
-# Imports once, then forks for every case, so that a case costs no start-up.
-FORKING = """
-import importlib, json, os, sys
-module, cases = sys.argv[1], json.loads(sys.argv[2])
-command = importlib.import_module("mmdit_jax.command")
-main = importlib.import_module(module).main
-for name, arguments in cases.items():
-    print(f"<<{name}", flush=True)
-    child = os.fork()
-    if child == 0:
-        os.dup2(1, 2)
-        sys.argv = [module, *arguments]
-        command.run(main)
-    _, status = os.waitpid(child, 0)
-    print(f"\\n>>{os.waitstatus_to_exitcode(status)}", flush=True)
-"""
+from tests.commands.running import TRAIN
 
 
-def outcomes(module: str, cases: dict[str, list[str]]) -> dict[str, tuple[int, str]]:
-    done = subprocess.run(
-        [sys.executable, "-c", FORKING, module, json.dumps(cases)],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    found = {}
-    for part in done.stdout.split("<<")[1:]:
-        name, _, rest = part.partition("\n")
-        text, _, code = rest.rpartition("\n>>")
-        found[name] = (int(code), text.strip())
-    assert found.keys() == cases.keys(), done.stdout + done.stderr
-    return found
-
-
-def check(found: dict, expected: dict[str, str]) -> None:
-    for name, words in expected.items():
-        code, text = found[name]
-        lines = [line for line in text.splitlines() if not line[:5].count("-")]
-        assert code == 2, f"{name}: exit code {code}\n{text}"
-        assert len(lines) == 1 and lines[0].startswith("error: "), f"{name}:\n{text}"
-        for word in words.split("|"):
-            assert word in lines[0], f"{name}: {word!r} not in {lines[0]!r}"
-
-
-def test_mistakes_in_the_config_are_named(tmp_path):
+def test_mistakes_in_the_config_are_named(commands, tmp_path):
     config = "--config=configs/mmdit.py"
     cases = {
         "unknown key": [config, "--dry_run", "--config.model.dept=3"],
@@ -98,11 +51,11 @@ def test_mistakes_in_the_config_are_named(tmp_path):
         "backbone": "'unet'|mmdit",
         "large model": "fsdp=7|divides",
     }
-    check(outcomes("mmdit_jax.train", cases), expected)
+    commands.refuses("mmdit_jax.train", cases, expected)
     assert not list(tmp_path.iterdir()), "something was written"
 
 
-def test_mistakes_about_data_and_workdir_are_named(trained, data, tmp_path):
+def test_mistakes_about_data_and_workdir_are_named(commands, trained, data, tmp_path):
     other = tmp_path / "other_schema"
     shutil.copytree(data, other)
     manifest = json.loads((other / "manifest.json").read_text())
@@ -133,11 +86,11 @@ def test_mistakes_about_data_and_workdir_are_named(trained, data, tmp_path):
         "workdir": "belongs to another run|seed is 5, was 0|another --workdir",
         "solver": "rk4|euler",
     }
-    check(outcomes("mmdit_jax.train", cases), expected)
+    commands.refuses("mmdit_jax.train", cases, expected)
     assert not (tmp_path / "new").exists(), "something was written"
 
 
-def test_mistakes_of_sample_are_named(trained, tmp_path):
+def test_mistakes_of_sample_are_named(commands, trained, tmp_path):
     empty = tmp_path / "empty.txt"
     empty.write_text("\n  \n")
     output = f"--output={tmp_path}/out"
@@ -161,11 +114,11 @@ def test_mistakes_of_sample_are_named(trained, tmp_path):
         "solver": "rk4|euler",
         "autoencoder": "--autoencoder=vae|pixels/1|leave it out",
     }
-    check(outcomes("mmdit_jax.sample", cases), expected)
+    commands.refuses("mmdit_jax.sample", cases, expected)
     assert not (tmp_path / "out").exists()
 
 
-def test_dry_run_counts_without_allocating():
+def test_dry_run_counts_without_allocating(commands):
     """paper.md 3.4 and 6.3, for any depth and resolution, in a few seconds and little memory."""
     cases = {
         f"{depth} {resolution}": [
@@ -175,12 +128,8 @@ def test_dry_run_counts_without_allocating():
         ]
         for depth, resolution in ((24, 256), (38, 1024), (15, 512))
     }
-    plans = {
-        name: json.loads(text[text.index("{") :])
-        for name, (code, text) in outcomes("mmdit_jax.train", cases).items()
-        if code == 0
-    }
-    assert plans.keys() == cases.keys()
+    said = {name: commands.run("mmdit_jax.train", *cases[name]) for name in cases}
+    plans = {name: json.loads(text[text.index("{") :]) for name, text in said.items()}
     assert plans["24 256"]["parameters"] == 2_028_328_000 + 256 * 24
     assert plans["38 1024"]["parameters"] == 8_056_627_520
     assert plans["24 256"]["tokens"] == {"image": 256, "text": 154}

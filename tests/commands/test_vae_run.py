@@ -12,7 +12,6 @@ from safetensors.numpy import load_file, save_file
 from data_pipelines.build import train_command
 from data_pipelines.pipeline import build
 from data_pipelines.settings import Settings
-from tests.commands.test_mistakes import check, outcomes
 
 VAE = Path(__file__).parents[1] / "testdata" / "vae" / "quant_4ch"
 PROMPT = "--prompt=a red picture"
@@ -66,7 +65,7 @@ def test_sample_decodes_with_the_recorded_autoencoder_or_with_a_copy(trained, co
     np.testing.assert_array_equal(picture, np.asarray(Image.open(tmp_path / "b" / "0000.png")))
 
 
-def test_another_autoencoder_is_refused(trained, tmp_path):
+def test_another_autoencoder_is_refused(commands, trained, tmp_path):
     shutil.copytree(VAE, tmp_path / "other")
     weights = tmp_path / "other" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(weights)
@@ -78,5 +77,5 @@ def test_another_autoencoder_is_refused(trained, tmp_path):
         "folder": [*base, f"--autoencoder={tmp_path}/none"],
     }
     expected = {"weights": "hash|the data set was encoded with", "folder": "none is no folder"}
-    check(outcomes("mmdit_jax.sample", cases), expected)
+    commands.refuses("mmdit_jax.sample", cases, expected)
     assert not (tmp_path / "out").exists()

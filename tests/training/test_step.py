@@ -103,12 +103,6 @@ def test_losses_on_eight_devices_equal_those_on_one(name):
         np.testing.assert_array_equal(b["bin_count"], a["bin_count"])
 
 
-def test_two_devices_equal_one():
-    _, one = trained()
-    _, two = trained(devices=2, mesh=(("data", 2),))
-    np.testing.assert_allclose(two[1]["loss"], one[1]["loss"], rtol=1e-5)
-
-
 def test_accumulated_micro_batches_equal_the_full_batch():
     full_state, full = trained()
     state, rows = trained(changes=(("ema.decay", 0.0), ("optimizer.accumulate", 4)))
@@ -274,7 +268,7 @@ def test_t_given_to_the_network_is_the_t_of_the_noise_also_in_bfloat16():
 
 def test_first_loss_is_two_for_unit_variance_latents():
     """paper.md 10.9: zero-initialised head, E |eps - x0|^2 = 2 per element."""
-    config = tiny_config()
+    config = tiny_config(**{"model.depth": 1})
     parts = run.build(config)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     optimizer, plan = run.plan(parts, mesh)
@@ -296,7 +290,7 @@ def test_first_loss_is_two_for_unit_variance_latents():
 def test_attention_logits_are_logged_on_request_only():
     _, rows = trained()
     assert "max_attention_logit" not in rows[0]
-    changes = (("log.attention_logits", True), ("optimizer.accumulate", 2))
+    changes = (("log.attention_logits", True), ("optimizer.accumulate", 2), ("model.depth", 1))
     _, rows = trained(steps=1, changes=changes)
     assert 0 < rows[0]["max_attention_logit"] <= 8.001
 
