@@ -11,15 +11,25 @@
 A bad file never ends the build: it is left out, and OUTPUT/report.jsonl says why. Run the same
 command again after an interruption: finished shards stay, the rest is made, and the result is the
 same as without the interruption.
+
+Many hosts build one data set together if each runs the same command with its number, on a file
+system that they share (on TPU pods and under srun they find the numbers themselves):
+
+    python -m data_pipelines.build ... --num_processes=8 --process_id=0   # and 1, ..., 7
+
+They divide files, pictures and shards, and meet in the output folder only: one that dies costs the
+part it was making, and the same command, or any other number of processes, goes on.
 """
 
 import dataclasses
 import shlex
+import sys
 import warnings
 
 from absl import flags
 
 from data_pipelines.embeddings import PHASH
+from data_pipelines.job import WAIT_S, PeerLost, from_environment
 from data_pipelines.pipeline import build
 from data_pipelines.settings import Settings
 from mmdit_jax import command
@@ -141,21 +151,40 @@ flags.DEFINE_integer(
     "records_per_shard", 0, "0 is what makes about 512 MB, at most 4096 (each file is one shard)."
 )
 flags.DEFINE_integer("workers", 0, "Threads that read and decode; 0 is one per core, at most 32.")
+flags.DEFINE_integer("num_processes", 0, "Processes, one a host, that build together; 0 finds out.")
+flags.DEFINE_integer("process_id", -1, "Number of this process, from 0.")
+flags.DEFINE_float(
+    "wait_s",
+    WAIT_S,
+    "Seconds without anything new from the other processes after which to give up, exit code 75.",
+)
 flags.DEFINE_bool("overwrite", False, "Throw away what --output holds of an earlier build.")
 
 FLAGS = flags.FLAGS
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int | None:
     """Builds the data set and says what to do with it."""
     del argv
+    settings = settings_of_flags()
+    if not FLAGS.num_processes and FLAGS.process_id < 0:
+        processes, process = from_environment()
+        settings = dataclasses.replace(settings, num_processes=processes, process_id=process)
+    try:
+        command_line = train_command(settings, build(settings))
+    except PeerLost as error:
+        print(f"error: {error}", file=sys.stderr)
+        return command.EXIT_RESUME
+    print(f"\ndata set in {settings.output}; train on it with\n\n    {command_line}\n")
+
+
+def settings_of_flags() -> Settings:
+    """The flags as they were given."""
     # Pillow warns about every oddity of every file; what matters is in the report.
     warnings.filterwarnings("ignore", module=r"PIL\.")
-    settings = Settings(
+    return Settings(
         **{field.name: FLAGS[field.name].value for field in dataclasses.fields(Settings)}
     )
-    command_line = train_command(settings, build(settings))
-    print(f"\ndata set in {settings.output}; train on it with\n\n    {command_line}\n")
 
 
 def train_command(settings: Settings, manifest: Manifest) -> str:

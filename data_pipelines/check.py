@@ -7,13 +7,15 @@ pictures moves few others, and copies of one file never stand on both sides.
 """
 
 import dataclasses
+import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from data_pipelines.deduplicate import Kept
+from data_pipelines.job import Job, complete
 from data_pipelines.pictures import Checked, Pictures
 from data_pipelines.progress import Progress
 from data_pipelines.samples import (
@@ -50,67 +52,95 @@ class Splits:
         return self.train + self.validation
 
 
+class Check:
+    """The stage that looks at every picture, a block at a time (data_pipelines.job.Stage).
+
+    Drawn pictures whose source did the split have no block: there is nothing to find out.
+    """
+
+    label = "checking"
+
+    def __init__(self, source: Source, pictures: Pictures, notes: Path):
+        """`notes`: folder of JSON files that remember the verdicts, one per block."""
+        self.source, self.notes, self._pictures = source, notes, pictures
+        self._verdicts: dict[int, list[Any]] = {}
+        self.drawn = bool(source.samples) and all(sample.split for sample in source.samples)
+        self.listing = "" if self.drawn else fingerprint(source)
+        total = 0 if self.drawn else len(source.samples)
+        self.sizes = [min(BLOCK, total - start) for start in range(0, total, BLOCK)]
+
+    def done(self, number: int) -> bool:
+        """Whether the verdicts of a block are there; raises ValueError if of another source."""
+        path = self._path(number)
+        if number not in self._verdicts and path.exists():
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["listing"] != self.listing:
+                raise ValueError(
+                    "the source holds other files or captions than when "
+                    f"{self.notes.parent.parent} was begun; "
+                    "restore it, or start again with --overwrite"
+                )
+            self._verdicts[number] = content["verdicts"]
+        return number in self._verdicts
+
+    def make(self, number: int, progress: Progress) -> None:
+        """Looks at a block: for every sample [hash of its file, bucket], or [reason of its drop,
+        particulars]."""
+        verdicts = []
+        samples = self.source.samples[number * BLOCK : (number + 1) * BLOCK]
+        for result in self._pictures.checked(samples):
+            rejected = isinstance(result, Rejected)
+            verdicts.append(
+                [result.reason, result.detail] if rejected else [result.sha256, result.bucket]
+            )
+            progress.advance()
+        self.notes.mkdir(parents=True, exist_ok=True)
+        note = {"listing": self.listing, "verdicts": verdicts}
+        write_json(self._path(number), note, indent=None)
+        self._verdicts[number] = verdicts
+
+    def result(self) -> tuple[list[Checked], list[Dropped]]:
+        """The usable samples and the others, when every block is done."""
+        kept, dropped = [], []
+        verdicts = itertools.chain.from_iterable(map(self._verdicts.pop, range(len(self.sizes))))
+        for sample, verdict in zip(self.source.samples, verdicts, strict=True):
+            if isinstance(verdict[1], int):
+                kept.append(Checked(sample, *verdict))
+            else:
+                dropped.append(Dropped(sample.name, *verdict))
+        return kept, dropped
+
+    def _path(self, number: int) -> Path:
+        return self.notes / f"{number:06d}.json"
+
+
 def check(
-    source: Source,
-    pictures: Pictures,
-    options: Options,
-    notes: Path,
-    deduplicate: Callable[[list[Checked]], Kept] = lambda items: Kept(items, []),
+    stage: Check, options: Options, deduplicate: Callable[[list[Checked]], Kept], job: Job
 ) -> Splits:
     """Divides the usable samples of a source into train and validation.
 
     Args:
-      notes: folder of JSON files that remember the verdicts, block by block, so that a resumed
-        build looks at the rest only.
       deduplicate: picks the samples to keep of the usable ones.
+      job: the processes that share the work and its notes.
 
     Raises:
-      ValueError: the source is not the one that `notes` were taken of.
+      ValueError: the source is not the one that the notes were taken of.
+      PeerLost: another process did not do its part.
     """
-    dropped = list(source.dropped)
-    if source.samples and all(sample.split for sample in source.samples):
-        # Drawn pictures: there is nothing to find out about them, and the source did the split.
+    source = stage.source
+    if stage.drawn:
         splits: dict[str, list[Checked]] = {"train": [], "validation": []}
         for sample in source.samples:
             splits[sample.split].append(Checked(sample))
-        return Splits(splits["train"], splits["validation"], dropped)
+        return Splits(splits["train"], splits["validation"], list(source.dropped))
 
-    kept = []
-    for sample, verdict in zip(source.samples, _verdicts(source, pictures, notes), strict=True):
-        if isinstance(verdict[1], int):
-            kept.append(Checked(sample, *verdict))
-        else:
-            dropped.append(Dropped(sample.name, *verdict))
-    if not kept:
+    complete(stage, job)
+    kept, rejected = stage.result()
+    if not kept and job.processes == 1:
         # Nothing is noted of a source without a usable picture: it has to change.
-        shutil.rmtree(notes, ignore_errors=True)
+        shutil.rmtree(stage.notes, ignore_errors=True)
     kept, copies = deduplicate(kept)
-    return _divide(kept, dropped + copies, options)
-
-
-def _verdicts(source: Source, pictures: Pictures, notes: Path) -> Iterator[list[Any]]:
-    """For every sample [hash of its file, bucket], or [reason of its drop, particulars]."""
-    listing = fingerprint(source)
-    with Progress("checking", len(source.samples)) as progress:
-        for start in range(0, len(source.samples), BLOCK):
-            block = source.samples[start : start + BLOCK]
-            path = notes / f"{start // BLOCK:06d}.json"
-            verdicts = _read_notes(path, listing)
-            if verdicts is None:
-                verdicts = []
-                for result in pictures.checked(block):
-                    rejected = isinstance(result, Rejected)
-                    verdicts.append(
-                        [result.reason, result.detail]
-                        if rejected
-                        else [result.sha256, result.bucket]
-                    )
-                    progress.advance()
-                notes.mkdir(parents=True, exist_ok=True)
-                write_json(path, {"listing": listing, "verdicts": verdicts}, indent=None)
-            else:
-                progress.skip(len(block))
-            yield from verdicts
+    return _divide(kept, source.dropped + rejected + copies, options)
 
 
 def _divide(kept: list[Checked], dropped: list[Dropped], options: Options) -> Splits:
@@ -124,16 +154,3 @@ def _divide(kept: list[Checked], dropped: list[Dropped], options: Options) -> Sp
         dropped,
         len(hashes) - len(set(hashes)),
     )
-
-
-def _read_notes(notes: Path, listing: str) -> list[Any] | None:
-    if not notes.exists():
-        return None
-    content = json.loads(notes.read_text(encoding="utf-8"))
-    if content["listing"] != listing:
-        raise ValueError(
-            "the source holds other files or captions than when "
-            f"{notes.parent.parent.parent} was begun; "
-            "restore it, or start again with --overwrite"
-        )
-    return content["verdicts"]

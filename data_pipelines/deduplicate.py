@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_pipelines.embeddings import Embedding
+from data_pipelines.job import Job, complete
 from data_pipelines.pictures import Checked, Picture, Pictures
 from data_pipelines.progress import Progress
 from data_pipelines.samples import Dropped
-from data_pipelines.write import write_json
+from data_pipelines.write import partial_path, write_json
 from mmdit_jax.data.manifest import Bucket
 
 BLOCK = 4096  # pictures in one note of embeddings
@@ -51,65 +52,90 @@ def drop_copies(items: Sequence[Checked]) -> Kept:
     return kept
 
 
-def drop_near(
-    items: Sequence[Checked], pictures: Pictures, embedding: Embedding, clusters: int, notes: Path
-) -> Kept:
+def drop_near(stage: "Embed", clusters: int, job: Job) -> Kept:
     """Drops every picture that looks like an earlier one.
 
     Args:
       clusters: number of them; 0 is one for every 20,000 pictures.
-      notes: folder for the embeddings and the result, so that a resumed build continues.
+      job: the processes that share the embedding; the first one compares.
+
+    Raises:
+      ValueError: the embedding returns something else than one vector a picture.
+      PeerLost: another process did not do its part.
     """
-    result = notes / "near_duplicates.json"
-    if result.exists():
-        # Noted and not computed again: the last bits of a matrix product depend on the machine.
-        original = json.loads(result.read_text(encoding="utf-8"))
-    else:
-        notes.mkdir(parents=True, exist_ok=True)
-        vectors_NV = embed(items, pictures, embedding, notes)
-        found_N = near_duplicates(vectors_NV, embedding.least, clusters)
+    if not stage.result.exists():
+        complete(stage, job)
+    if job.first and not stage.result.exists():
+        found_N = near_duplicates(stage.vectors(), stage.embedding.least, clusters)
         original = {str(n): int(found_N[n]) for n in np.flatnonzero(found_N >= 0)}
-        write_json(result, original, indent=None)
-        for block in notes.glob("*.npy"):
-            block.unlink()
+        write_json(stage.result, original, indent=None)
+    job.wait("near duplicates", [0], lambda _: stage.result.exists())
+    stage.forget()
+    # Noted and not computed again: the last bits of a matrix product depend on the machine.
+    original = json.loads(stage.result.read_text(encoding="utf-8"))
     kept = Kept([], [])
-    for number, item in enumerate(items):
+    for number, item in enumerate(stage.items):
         if str(number) in original:
-            name = items[original[str(number)]].sample.name
+            name = stage.items[original[str(number)]].sample.name
             kept.dropped.append(Dropped(item.sample.name, "near_duplicate", f"like {name}"))
         else:
             kept.items.append(item)
     return kept
 
 
-def embed(
-    items: Sequence[Checked], pictures: Pictures, embedding: Embedding, notes: Path
-) -> np.ndarray:
-    """The embedding of every picture, (N, V); NaN for one that can no longer be read.
+class Embed:
+    """The stage that embeds every picture, a block at a time (data_pipelines.job.Stage).
 
-    Raises:
-      ValueError: the function returns something else than one vector a picture.
+    Attributes:
+      result: the note on what was found with the embeddings; they are not needed after it.
     """
-    pictures = pictures.at_size(Bucket(embedding.side, embedding.side))
-    blocks = []
-    with Progress("embedding", len(items)) as progress:
-        for start in range(0, len(items), BLOCK):
-            path, part = notes / f"{start // BLOCK:06d}.npy", items[start : start + BLOCK]
-            if path.exists():
-                progress.skip(len(part))
-            else:
-                vectors_NV = _embed_block(part, pictures, embedding, progress)
-                partial = path.with_name(path.name + ".partial")
-                with open(partial, "wb") as file:
-                    np.save(file, vectors_NV, allow_pickle=False)
-                partial.replace(path)
-            blocks.append(np.load(path, allow_pickle=False))
-    if len({block.shape[1:] for block in blocks}) > 1:
-        raise ValueError(
-            f"--embedding={embedding.name} returned vectors of several lengths "
-            f"{sorted({block.shape[1] for block in blocks})}; return one length"
-        )
-    return np.concatenate(blocks)
+
+    label = "embedding"
+
+    def __init__(
+        self, items: Sequence[Checked], pictures: Pictures, embedding: Embedding, notes: Path
+    ):
+        """`notes`: folder of the embeddings and of the result."""
+        self.items, self.embedding, self._notes = items, embedding, notes
+        self._pictures = pictures.at_size(Bucket(embedding.side, embedding.side))
+        self.result = notes / "near_duplicates.json"
+        self.sizes = [min(BLOCK, len(items) - start) for start in range(0, len(items), BLOCK)]
+
+    def done(self, number: int) -> bool:
+        """Whether the embeddings of a block are there, or no longer needed."""
+        return self._path(number).exists() or self.result.exists()
+
+    def make(self, number: int, progress: Progress) -> None:
+        """Embeds a block: (N, V), NaN for a picture that can no longer be read."""
+        part = self.items[number * BLOCK : (number + 1) * BLOCK]
+        vectors_NV = _embed_block(part, self._pictures, self.embedding, progress)
+        self._notes.mkdir(parents=True, exist_ok=True)
+        with open(partial := partial_path(self._path(number)), "wb") as file:
+            np.save(file, vectors_NV, allow_pickle=False)
+        partial.replace(self._path(number))
+
+    def vectors(self) -> np.ndarray:
+        """The embedding of every picture, (N, V), when every block is done.
+
+        Raises:
+          ValueError: the function returns vectors of several lengths.
+        """
+        paths = map(self._path, range(len(self.sizes)))
+        blocks = [np.load(path, allow_pickle=False) for path in paths]
+        if len({block.shape[1:] for block in blocks}) > 1:
+            raise ValueError(
+                f"--embedding={self.embedding.name} returned vectors of several lengths "
+                f"{sorted({block.shape[1] for block in blocks})}; return one length"
+            )
+        return np.concatenate(blocks)
+
+    def forget(self) -> None:
+        """Removes the embeddings, which nothing needs once there is a result."""
+        for block in self._notes.glob("*.npy"):
+            block.unlink(missing_ok=True)
+
+    def _path(self, number: int) -> Path:
+        return self._notes / f"{number:06d}.npy"
 
 
 def _embed_block(

@@ -21,14 +21,15 @@ from data_pipelines.captions import (
 from data_pipelines.check import Splits, check
 from data_pipelines.deduplicate import Kept, drop_copies, drop_near
 from data_pipelines.encode import CODE_VERSION, Encoded, encode_samples, encoding_identity
+from data_pipelines.job import complete
 from data_pipelines.latents import STATISTICS_PICTURES, Autoencoder, open_autoencoder
-from data_pipelines.pictures import TOGETHER, Checked, Picture, Pictures
+from data_pipelines.pictures import Checked, Picture, Pictures
 from data_pipelines.progress import Progress
-from data_pipelines.samples import Dropped, Options
+from data_pipelines.samples import Dropped
 from data_pipelines.settings import Settings
-from data_pipelines.sources import open_source
-from data_pipelines.write import ENCODERS, INDEX, SUFFIX, Finished, Output
-from mmdit_jax.data.manifest import Manifest
+from data_pipelines.stages import Inputs, check_stage, embed_stage, open_inputs
+from data_pipelines.write import ENCODERS, SUFFIX, Finished, Output
+from mmdit_jax.data.manifest import MANIFEST, Manifest
 from mmdit_jax.data.records import ShardWriter
 from mmdit_jax.encoders import text
 
@@ -41,50 +42,39 @@ TABLE_BYTES = 1 << 30
 def build(settings: Settings) -> Manifest:
     """Builds a data set, or the rest of one, or nothing if it is finished.
 
+    One of several processes (`Settings.job`) builds its part and returns when all is complete.
+
     Raises:
       ValueError, FileNotFoundError: the user's mistakes.
+      PeerLost: another process did not do its part.
     """
     settings.validate()
-    with Output(settings.output, settings.arguments(), overwrite=settings.overwrite) as output:
+    with open_output(settings) as output:
         if not output.finished:
             return _build(settings, output)
     print(f"{output.path} is finished, built with these arguments; --overwrite builds it anew")
     return Manifest.load(output.path)
 
 
+def open_output(settings: Settings) -> Output:
+    """The folder of the data set; see `Output`."""
+    return Output(
+        settings.output,
+        settings.arguments(),
+        overwrite=settings.overwrite,
+        job=settings.job(),
+    )
+
+
 def _build(settings: Settings, output: Output) -> Manifest:
     autoencoder = open_autoencoder(settings)
     _refuse_sizes(settings, autoencoder.describe()["factor"])
-    rules = settings.rules()
-    options = Options(
-        settings.resolution,
-        settings.seed,
-        settings.count,
-        settings.validation_count,
-        settings.validation_fraction,
-        exclude=settings.output,
-        index=str(output.note_folder(INDEX)),
-        fields=rules.fields,
-        image_field=settings.image_field,
-        caption_fields=settings.listed("caption_fields"),
-        synthetic_fields=settings.listed("synthetic_fields"),
-        tfds_split=settings.tfds_split,
-    )
-    source = open_source(settings.source, options)
-    workers = settings.workers or min(32, os.cpu_count() or 1)
-    with ThreadPoolExecutor(workers, thread_name_prefix="pictures") as pool:
-        pictures = Pictures(
-            source,
-            pool,
-            sizes=settings.sizes(),
-            rules=rules,
-            # Enough under way to keep the threads busy while a batch is encoded.
-            window=settings.batch_size + 2 * TOGETHER * workers,
-        )
-        select = functools.partial(_deduplicate, settings, output, pictures)
-        splits = check(source, pictures, options, output.note_folder("checked"), select)
+    with ThreadPoolExecutor(settings.threads(), thread_name_prefix="pictures") as pool:
+        inputs = open_inputs(settings, pool)
+        select = functools.partial(_deduplicate, settings, inputs)
+        splits = check(check_stage(inputs), inputs.options, select, settings.job())
         _refuse_nothing(splits, settings, output)
-        return _encode_and_write(settings, output, splits, pictures, autoencoder, source.ignored)
+        return _encode_and_write(settings, output, splits, inputs, autoencoder)
 
 
 def _refuse_sizes(settings: Settings, factor: int) -> None:
@@ -96,16 +86,13 @@ def _refuse_sizes(settings: Settings, factor: int) -> None:
         )
 
 
-def _deduplicate(
-    settings: Settings, output: Output, pictures: Pictures, items: list[Checked]
-) -> Kept:
+def _deduplicate(settings: Settings, inputs: Inputs, items: list[Checked]) -> Kept:
     """What --deduplicate says."""
-    embedding = settings.open_embedding()
     kept = drop_copies(items) if settings.deduplicate != "none" else Kept(items, [])
     if settings.deduplicate != "near" or not kept.items:
         return kept
-    notes, clusters = output.note_folder("embedded"), settings.near_clusters
-    near = drop_near(kept.items, pictures, embedding, clusters, notes)
+    stage = embed_stage(settings, inputs, kept.items)
+    near = drop_near(stage, settings.near_clusters, settings.job())
     return Kept(near.items, kept.dropped + near.dropped)
 
 
@@ -113,7 +100,8 @@ def _refuse_nothing(splits: Splits, settings: Settings, output: Output) -> None:
     """Raises ValueError if no training picture is left; the report says why."""
     if splits.train:
         return
-    drops.write_dropped(output.path, splits.dropped)
+    if settings.job().first:
+        drops.write_dropped(output.path, splits.dropped)
     if splits.validation:
         raise ValueError(
             f"--source={settings.source} has {len(splits.validation)} usable pictures and all of "
@@ -139,29 +127,43 @@ def _encode_and_write(
     settings: Settings,
     output: Output,
     splits: Splits,
-    pictures: Pictures,
+    inputs: Inputs,
     autoencoder: Autoencoder,
-    ignored: Mapping[str, int],
 ) -> Manifest:
+    job, pictures = settings.job(), inputs.pictures
     told = _captions(splits.items)
     captions = list(dict.fromkeys(told))
     logging.info("loading the text encoders")
-    encoders = open_text_encoders(settings, output.path / ENCODERS, captions)
-    truncated = text.count_truncated(encoders, captions)
-    logging.info("measuring the latents")
-    step = max(1, -(-len(splits.train) // STATISTICS_PICTURES))
-    some = pictures.prepared(splits.train[::step])
-    autoencoder.fit(picture.pixels_HWC for picture in some if isinstance(picture, Picture))
+    built_in = output.path / ENCODERS
+    if not job.first and not settings.text_paths():
+        job.wait("built-in text encoders", [0], lambda _: built_in.exists())
+    encoders = open_text_encoders(settings, built_in, captions)
+    if job.first:
+        logging.info("measuring the latents")
+        step = max(1, -(-len(splits.train) // STATISTICS_PICTURES))
+        some = pictures.prepared(splits.train[::step])
+        autoencoder.fit(picture.pixels_HWC for picture in some if isinstance(picture, Picture))
 
     texts = {name: text.describe(encoder) for name, encoder in encoders.items()}
     networks = _Networks(autoencoder, encoders, autoencoder.describe(), texts)
     versions = {"code": CODE_VERSION, "jax": jax.__version__, "pillow": PIL.__version__}
-    described = {"autoencoder": networks.latents, "text_encoders": texts}
+    measured: Mapping[str, Any] = {}
+    if not job.first:
+        # Only the manifest holds these two, no record depends on them: measured once.
+        noted = output.read_note("networks")["autoencoder"]
+        measured = {name: noted[name] for name in ("scale", "shift")}
+    described = {"autoencoder": {**networks.latents, **measured}, "text_encoders": texts}
     remedy = "go back to what they were, or start again with --overwrite"
     output.same_as_before("versions", versions, remedy)
     output.same_as_before("networks", described, remedy)
 
-    finished = _write_shards(settings, output, splits, pictures, networks)
+    shards = _Shards(settings, output, splits, pictures, networks)
+    complete(shards, job)
+    finished = shards.finished()
+    if not job.first:
+        _refuse_no_record(splits, finished, output)
+        job.wait("manifest", [0], lambda _: (output.path / MANIFEST).exists())
+        return Manifest.load(output.path)
     sizes = settings.sizes()
     counts = [0] * len(sizes)
     for shard in (each.shard for shards in finished.values() for each in shards if each.shard):
@@ -169,57 +171,81 @@ def _encode_and_write(
     facts = {
         "buckets": {str(size): count for size, count in zip(sizes, counts, strict=True)},
         "exact_duplicates": splits.duplicates,
-        "ignored_files": dict(sorted(ignored.items())),
+        "ignored_files": dict(sorted(inputs.source.ignored.items())),
         "captions": {
             "total": len(told),
             "unique": len(captions),
-            "truncated": truncated,
+            "truncated": text.count_truncated(encoders, captions),
             "length": settings.lengths(),
         },
     }
     _report(output, splits, finished, facts)
+    _refuse_no_record(splits, finished, output)
     manifest = _manifest(settings, output, finished, networks, versions)
     output.save_manifest(manifest)
     return manifest
 
 
-def _write_shards(
-    settings: Settings,
-    output: Output,
-    splits: Splits,
-    pictures: Pictures,
-    networks: _Networks,
-) -> dict[str, list[Finished]]:
-    """Writes the shards that are not there yet; returns what is known of every one, by split."""
-    encoders, told = networks.encoders, _captions(splits.items)
-    text_bytes = caption_bytes(encoders)
-    per_shard = settings.records_per_shard or _records_per_shard(
-        settings.resolution, networks.latents, text_bytes * len(told) / len(splits.items)
-    )
-    table = None
-    if len(set(told)) * text_bytes <= TABLE_BYTES:
-        table = CaptionTable(encoders, told, settings.batch_size)
-    identity = encoding_identity(networks.latents, networks.texts, settings.text_dtype)
-    finished: dict[str, list[Finished]] = {"train": [], "validation": []}
-    with Progress("encoding", len(splits.items)) as progress:
-        for split, items in (("train", splits.train), ("validation", splits.validation)):
-            for number, part in enumerate(_parts(items, per_shard)):
-                file, bucket = f"{split}-{number:05d}{SUFFIX}", part[0].bucket
-                shard = output.read_shard_note(file)
-                if shard is None:
-                    encoded = encode_samples(
-                        part,
-                        pictures,
-                        networks.autoencoder,
-                        table or CaptionTable(encoders, _captions(part), settings.batch_size),
-                        identity=identity,
-                        batch_size=settings.batch_size,
-                    )
-                    shard = _write_shard(output, file, bucket, encoded, progress)
-                else:
-                    progress.skip(len(part))
-                finished[split].append(shard)
-    return finished
+class _Shards:
+    """The stage that encodes the pictures, a shard at a time (data_pipelines.job.Stage)."""
+
+    label = "encoding"
+
+    def __init__(
+        self,
+        settings: Settings,
+        output: Output,
+        splits: Splits,
+        pictures: Pictures,
+        networks: _Networks,
+    ):
+        encoders, told = networks.encoders, _captions(splits.items)
+        text_bytes = caption_bytes(encoders)
+        per_shard = settings.records_per_shard or _records_per_shard(
+            settings.resolution, networks.latents, text_bytes * len(told) / len(splits.items)
+        )
+        self._table = None
+        if len(set(told)) * text_bytes <= TABLE_BYTES:
+            self._table = CaptionTable(encoders, told, settings.batch_size)
+        self._identity = encoding_identity(networks.latents, networks.texts, settings.text_dtype)
+        self._batch_size, self._output, self._pictures = settings.batch_size, output, pictures
+        self._networks = networks
+        self._parts = [
+            (split, f"{split}-{number:05d}{SUFFIX}", part)
+            for split, items in (("train", splits.train), ("validation", splits.validation))
+            for number, part in enumerate(_parts(items, per_shard))
+        ]
+        self.sizes = [len(part) for _, _, part in self._parts]
+        self._finished: dict[int, Finished] = {}
+
+    def done(self, number: int) -> bool:
+        """Whether a shard and the note on it are there."""
+        note = self._output.read_shard_note(self._parts[number][1])
+        if note is not None:
+            self._finished[number] = note
+        return note is not None
+
+    def make(self, number: int, progress: Progress) -> None:
+        """Writes a shard."""
+        _, file, part = self._parts[number]
+        encoders, size = self._networks.encoders, self._batch_size
+        encoded = encode_samples(
+            part,
+            self._pictures,
+            self._networks.autoencoder,
+            self._table or CaptionTable(encoders, _captions(part), size),
+            identity=self._identity,
+            batch_size=size,
+        )
+        bucket = part[0].bucket
+        self._finished[number] = _write_shard(self._output, file, bucket, encoded, progress)
+
+    def finished(self) -> dict[str, list[Finished]]:
+        """What is known of every shard, by split, when all are done."""
+        found: dict[str, list[Finished]] = {"train": [], "validation": []}
+        for number, (split, _, _) in enumerate(self._parts):
+            found[split].append(self._finished[number])
+        return found
 
 
 def _parts(items: Sequence[Checked], per_shard: int) -> Iterator[list[Checked]]:
@@ -263,20 +289,33 @@ def _report(
     finished: Mapping[str, Sequence[Finished]],
     facts: Mapping[str, Any],
 ) -> None:
-    """Writes and prints the report; raises ValueError if nothing is left to train on."""
+    """Writes and prints the report."""
     shards = [each for split in finished.values() for each in split]
-    dropped = splits.dropped + [Dropped(*case) for each in shards for case in each.dropped]
+    dropped = _dropped(splits, finished)
     kept = {
         split: sum(each.shard.records for each in split_shards if each.shard)
         for split, split_shards in finished.items()
     }
     facts = {"enlarged": sum(each.enlarged for each in shards), **facts}
     print(drops.summary(drops.write_report(output.path, kept, dropped, facts)))
-    if not kept["train"]:
+
+
+def _refuse_no_record(
+    splits: Splits, finished: Mapping[str, Sequence[Finished]], output: Output
+) -> None:
+    """Raises ValueError if nothing is left to train on."""
+    if not any(each.shard for each in finished["train"]):
+        dropped = _dropped(splits, finished)
         raise ValueError(
             f"none of {len(splits.train)} training pictures could be encoded "
             f"({drops.counts(dropped)}); {output.path / 'report.jsonl'} says why for each"
         )
+
+
+def _dropped(splits: Splits, finished: Mapping[str, Sequence[Finished]]) -> list[Dropped]:
+    """All that was left out, before the encoding and during it."""
+    shards = (each for split in finished.values() for each in split)
+    return splits.dropped + [Dropped(*case) for each in shards for case in each.dropped]
 
 
 def _manifest(

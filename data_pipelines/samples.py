@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
+from data_pipelines.job import Job
+
 REASONS = {
     "unreadable": "the file could not be read",
     "corrupt": "not an image, damaged or cut off",
@@ -87,6 +89,7 @@ class Options:
       image_field, caption_fields, synthetic_fields: where the picture and its captions are, if not
         under the usual names (data_pipelines/entries.py).
       tfds_split: split of a TFDS data set.
+      job: the processes that share the listing of a source of many shards, by its notes.
     """
 
     resolution: int
@@ -101,6 +104,7 @@ class Options:
     caption_fields: tuple[str, ...] = ()
     synthetic_fields: tuple[str, ...] = ()
     tfds_split: str = "train"
+    job: Job = Job()
 
 
 class Source(Protocol):

@@ -1,12 +1,14 @@
 """The settings of a build: the flags of `data_pipelines.build`, checked."""
 
 import dataclasses
+import os
 from typing import Any
 
 import jax.numpy as jnp
 
 from data_pipelines.embeddings import PHASH, Embedding, open_embedding
 from data_pipelines.filters import Rules
+from data_pipelines.job import WAIT_S, Job
 from mmdit_jax.data.buckets import aspect_buckets
 from mmdit_jax.data.manifest import Bucket
 
@@ -55,14 +57,25 @@ class Settings:
     batch_size: int = 64
     records_per_shard: int = 0
     workers: int = 0
+    num_processes: int = 1
+    process_id: int = 0
+    wait_s: float = WAIT_S
     overwrite: bool = False
 
     def arguments(self) -> dict[str, Any]:
-        """What decides the data: neither where it goes nor how many threads make it."""
+        """What decides the data: neither where it goes nor how many processes make it."""
         given = dataclasses.asdict(self)
-        for name in ("output", "workers", "overwrite"):
+        for name in ("output", "workers", "num_processes", "process_id", "wait_s", "overwrite"):
             del given[name]
         return given
+
+    def job(self) -> Job:
+        """This process among those of the build."""
+        return Job(self.num_processes, self.process_id, self.wait_s)
+
+    def threads(self) -> int:
+        """Threads that read and decode."""
+        return self.workers or min(32, os.cpu_count() or 1)
 
     def lengths(self) -> dict[str, int]:
         """Text encoder -> tokens per caption."""
@@ -135,6 +148,7 @@ class Settings:
                 f"--bucket_step={self.bucket_step} is no multiple of 16 (autoencoder 8 x patch 2); "
                 f"use {max(16, round(self.bucket_step / 16) * 16)}"
             )
+        self._check_job()
         self._refuse_without_effect()
         self.sizes()
         self.rules()
@@ -149,6 +163,21 @@ class Settings:
             raise ValueError(
                 f"{' and '.join(missing)} not given although another text encoder is; "
                 "give all three folders, or none for the small built-in ones"
+            )
+
+    def _check_job(self) -> None:
+        """Raises ValueError if this is no process of a job."""
+        if not 0 <= self.process_id < self.num_processes:
+            raise ValueError(
+                f"--process_id={self.process_id} of --num_processes={self.num_processes} is not "
+                "one of them; give both, the first process is 0"
+            )
+        if self.wait_s < 0:
+            raise ValueError(f"--wait_s={self.wait_s:g} is negative; use seconds, for example 3600")
+        if self.overwrite and self.num_processes > 1:
+            raise ValueError(
+                f"--overwrite with --num_processes={self.num_processes}: one process would throw "
+                f"away what another has begun; remove {self.output} first and leave it out"
             )
 
     def _refuse_without_effect(self) -> None:

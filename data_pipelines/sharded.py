@@ -108,7 +108,8 @@ def list_shards(
       paths: of the files.
       read_index: path and name of a file -> its contents; the names of samples begin with it. May
         raise `Rejected` for a file of which nothing can be read.
-      options: `index` is the folder of the notes.
+      options: `index` is the folder of the notes; each process of `job` lists its part of the files
+        and takes the rest from the notes of the others.
     """
     folder = Path(options.index) if options.index else None
     if folder:
@@ -124,19 +125,26 @@ def list_shards(
                 if content["shard"] == shard:
                     return content
             index = read_index(path, name)
+            rows = [[s.name, s.captions, s.bytes, s.location, s.fields] for s in index.samples]
+            content = {"shard": shard, "samples": rows, "dropped": index.dropped}
+            content["ignored"] = dict(index.ignored)
         except Rejected as error:
-            return _nothing(name, error.reason, error.detail)
+            content = _nothing(name, error.reason, error.detail)
         except OSError as error:
-            return _nothing(name, "unreadable", error.strerror or str(error))
-        rows = [[s.name, s.captions, s.bytes, s.location, s.fields] for s in index.samples]
-        content = {"shard": shard, "samples": rows, "dropped": index.dropped}
-        content["ignored"] = dict(index.ignored)
+            content = _nothing(name, "unreadable", error.strerror or str(error))
         if note:
             write_json(note, content, indent=None)
         return content
 
-    found = Index([], [], Counter())
+    found, job = Index([], [], Counter()), options.job
     names = short_names(paths)
+    if folder and job.processes > 1:
+        notes = [folder / f"{number:06d}.json" for number in range(len(paths))]
+        mine = [number for number in range(len(paths)) if job.mine(number)]
+        with ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(lambda number: listed(number, paths[number], names[number]), mine))
+        others = (number for number in range(len(paths)) if not job.mine(number))
+        job.wait("listing", others, lambda number: notes[number].exists())
     with (
         ThreadPoolExecutor(THREADS) as pool,
         Progress("listing", len(paths), unit="files") as progress,
@@ -154,7 +162,8 @@ def list_shards(
 
 
 def _nothing(name: str, reason: str, detail: str) -> dict[str, Any]:
-    return {"samples": [], "dropped": [[name, reason, detail]], "ignored": {}}
+    # Noted, so that no other process waits for it, but not trusted: the file is read again.
+    return {"shard": None, "samples": [], "dropped": [[name, reason, detail]], "ignored": {}}
 
 
 def sample_name(shard: str, key: str) -> str:

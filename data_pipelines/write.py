@@ -11,6 +11,9 @@
 A shard gets its name when it is complete, and its note after that. So whenever the build dies, the
 next run redoes the shards without a note and leaves the others alone; each record is written once.
 Nothing written depends on the time, so that a resumed build equals an uninterrupted one.
+
+Several processes may share the folder (data_pipelines/job.py): each writes its own shards, and the
+first one what there is only once.
 """
 
 import dataclasses
@@ -18,16 +21,19 @@ import fcntl
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from data_pipelines.job import Job
 from mmdit_jax.data.manifest import MANIFEST, Manifest, Shard
 
 SUFFIX = ".arrayrecord"
 BUILD = "build"
 ENCODERS = "encoders"
 INDEX = "index"
+LOCK = "data_pipelines"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,37 +47,50 @@ class Finished:
 
 
 class Output:
-    """An output folder that this process, and no other, may write into. A context manager.
+    """An output folder that this job, and no other, may write into. A context manager.
 
     Attributes:
       path: the folder.
       finished: whether it already holds the data set that the arguments ask for.
     """
 
-    def __init__(self, path: str | os.PathLike, arguments: Mapping[str, Any], *, overwrite: bool):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        arguments: Mapping[str, Any],
+        *,
+        overwrite: bool,
+        job: Job = Job(),  # noqa: B008 (it cannot be changed)
+    ):
         """Opens a new folder, or one that a build with the same arguments began.
 
         Args:
           arguments: all that decides what is written, JSON-able.
           overwrite: throw away what an earlier build wrote.
+          job: the processes that share the folder.
 
         Raises:
           ValueError: the folder cannot be written, holds something else, was begun with other
-            arguments, or is being written by another process.
+            arguments, or is being written by another job.
+          PeerLost: the first process did not prepare the folder.
         """
         self.path = Path(path)
-        self._build = self.path / BUILD
+        self._build, self._job = self.path / BUILD, job
         try:
-            if self.path.is_dir() and any(self.path.iterdir()) and not self._lock_path.exists():
+            if self._is_foreign():
                 raise ValueError(
                     f"--output={path} holds files that no build made; give a new or empty folder"
                 )
             self._build.mkdir(parents=True, exist_ok=True)
             self._lock = self._take_lock()
-            if overwrite or not self._same_arguments(arguments):
-                self._clear()
-            self.remove_partial()
-            self.note("arguments", arguments)
+            if not job.first:
+                job.wait("arguments", [0], lambda _: self._same_arguments(arguments))
+            else:
+                if overwrite or not self._same_arguments(arguments):
+                    self._clear()
+                if job.processes == 1:
+                    self.remove_partial()
+                self.note("arguments", arguments)
         except OSError as error:
             raise ValueError(
                 f"--output={path} cannot be written ({error.strerror}); give a folder that can"
@@ -86,13 +105,29 @@ class Output:
     def __exit__(self, kind, value, traceback) -> None:
         self._lock.close()
 
-    @property
-    def _lock_path(self) -> Path:
-        return self._build / "data_pipelines.lock"
+    def _is_foreign(self) -> bool:
+        """Whether the folder holds anything, and no lock that says that a build made it."""
+        if not self.path.is_dir() or any(self._build.glob(f"{LOCK}*.lock")):
+            return False
+        # Another process of the job may just have made the empty build/.
+        return any(entry != self._build or any(entry.iterdir()) for entry in self.path.iterdir())
 
     def _take_lock(self) -> Any:
-        """An open file whose lock ends with this process, however it ends."""
-        lock = open(self._lock_path, "w")
+        """An open file whose lock ends with this process, however it ends.
+
+        Each process of a job locks a file of its own, and looks that no job of another number of
+        processes, which would divide the work in another way, holds one of its files.
+        """
+        processes, process, _ = self._job
+        several = processes > 1
+        lock = self._locked(f"{LOCK}-{process}-of-{processes}.lock" if several else f"{LOCK}.lock")
+        ours = set(self._build.glob(f"{LOCK}-*-of-{processes}.lock" if several else f"{LOCK}.lock"))
+        for other in set(self._build.glob(f"{LOCK}*.lock")) - ours:
+            self._locked(other.name).close()
+        return lock
+
+    def _locked(self, name: str) -> Any:
+        lock = open(self._build / name, "w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -109,7 +144,7 @@ class Output:
             shard.unlink()
         shutil.rmtree(self.path / ENCODERS, ignore_errors=True)
         for entry in self._build.iterdir():
-            if entry != self._lock_path:
+            if entry.suffix != ".lock":
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
     def _same_arguments(self, arguments: Mapping[str, Any]) -> bool:
@@ -117,7 +152,7 @@ class Output:
         path = self.note_path("arguments")
         begun = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         worth_keeping = (self.path / MANIFEST).exists() or any(
-            entry.name not in (path.name, self._lock_path.name, INDEX)
+            entry.name not in (path.name, INDEX) and entry.suffix not in (".lock", ".partial")
             for entry in self._build.iterdir()
         )
         for name in {**begun, **arguments}:
@@ -141,16 +176,21 @@ class Output:
         """Where notes are that come in many files; whoever writes them makes it."""
         return self._build / name
 
+    def read_note(self, name: str) -> Any:
+        """What the first process noted under `name`; waits for it."""
+        path = self.note_path(name)
+        self._job.wait(f"note {name}", [0], lambda _: path.exists())
+        return json.loads(path.read_text(encoding="utf-8"))
+
     def same_as_before(self, name: str, content: Any, remedy: str) -> None:
-        """Notes `content`, or compares it with what an earlier run noted.
+        """Notes `content`, or compares it with what an earlier run or the first process noted.
 
         Raises:
           ValueError: they differ; the message ends with `remedy`.
         """
-        path = self.note_path(name)
-        if not path.exists():
+        if self._job.first and not self.note_path(name).exists():
             self.note(name, content)
-        elif (before := json.loads(path.read_text(encoding="utf-8"))) != content:
+        elif (before := self.read_note(name)) != content:
             raise ValueError(f"{name} {content} differs from {before} of the run before; {remedy}")
 
     def read_shard_note(self, file: str) -> Finished | None:
@@ -176,16 +216,22 @@ class Output:
 
     def save_manifest(self, manifest: Manifest) -> None:
         """The last thing a build writes."""
+        # All is made and no process writes any more: dead ones left what is half written.
+        self.remove_partial()
         manifest.save(self.path)
         self.finished = True
 
 
 def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
     """Writes a JSON file in one piece: a reader sees the old one or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
+    with open(partial := partial_path(path), "w", encoding="utf-8") as file:
         json.dump(content, file, indent=indent)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def partial_path(path: Path) -> Path:
+    """Where to write what is then given the name `path`; no other process writes there."""
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
