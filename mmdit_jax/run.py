@@ -193,7 +193,7 @@ def make_text_encoder(
             for part in path.split(",")
         )
         lengths[name] = int(about["length"])
-    encoders = load_text_encoders(folders, lengths)
+    encoders = load_text_encoders(folders, lengths, mesh=sharding.local_mesh())
     require_recorded(encoders, manifest.text_encoders)
     return functools.partial(encode, encoders)
 

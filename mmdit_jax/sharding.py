@@ -11,6 +11,7 @@ No other file of the project writes a PartitionSpec. Parameters carry logical ax
 activations pass through `constrain`; `RULES` says what each name means on the mesh.
 """
 
+import contextlib
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -113,6 +114,16 @@ def make_mesh(
     )
 
 
+def local_mesh() -> Mesh:
+    """The devices of this process, for networks that are frozen: each holds a share of them.
+
+    All devices are on the fsdp axis, or as many as a power of two allows where their number is
+    none: widths of published networks are multiples of 64, not of 3.
+    """
+    devices = jax.local_devices()
+    return make_mesh(fsdp=len(devices) & -len(devices), devices=devices)
+
+
 def abstract_mesh(*, data: int, fsdp: int, tensor: int, context: int) -> AbstractMesh:
     """The mesh without its devices, to plan for machines that are not here.
 
@@ -164,6 +175,20 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
         )
     )
     return jax.lax.with_sharding_constraint(x, spec)
+
+
+def entered(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+    """The context in which `constrain` knows the mesh; of None, nothing."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def gather(params: Any) -> Any:
+    """Parameters -> whole on each device of the mesh; does nothing where there is no mesh.
+
+    Without it the compiler may as well move the activations, and in a scan over layers it is what
+    says that one layer at a time is whole.
+    """
+    return jax.tree.map(lambda leaf: constrain(leaf, *[None] * leaf.ndim), params)
 
 
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
@@ -220,6 +245,25 @@ def parameter_shardings(abstract: Any, mesh: Mesh | AbstractMesh) -> Any:
             "fsdp size that divides the width (64 x depth) and put the rest on the data axis"
         )
     return jax.tree.unflatten(jax.tree.structure(abstract, is_leaf=_is_boxed), placed)
+
+
+def frozen_shardings(abstract: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """Shardings for a frozen network, whose parameters carry no logical axes.
+
+    Each array is split over fsdp along the largest dimension that the axis divides (whichever it
+    is, the array is gathered before it is used), or is whole where there is none.
+    """
+    ways = mesh.shape["fsdp"]
+
+    def place(leaf) -> NamedSharding:
+        dims = [dim for dim, size in enumerate(leaf.shape) if size % ways == 0]
+        if ways == 1 or not dims:
+            return replicated(mesh)
+        spec: list[str | None] = [None] * len(leaf.shape)
+        spec[max(dims, key=lambda dim: leaf.shape[dim])] = "fsdp"
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree.map(place, abstract)
 
 
 def state_shardings(abstract_state: Any, param_shardings: Any, mesh: Mesh | AbstractMesh) -> Any:

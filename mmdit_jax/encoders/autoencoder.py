@@ -12,7 +12,6 @@ by XLA's buffer assignment on CPU:
 So memory depends neither on the batch nor, for decoding, on the resolution.
 """
 
-import contextlib
 import functools
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +24,7 @@ import numpy as np
 from mmdit_jax import sharding
 from mmdit_jax.encoders import folder as hf_folder
 from mmdit_jax.encoders import vae
+from mmdit_jax.encoders.dispatched import Dispatched
 from mmdit_jax.encoders.tiling import decode_in_tiles
 
 # Of a device: one picture of 1024 px, 16 of 256 px.
@@ -59,13 +59,14 @@ class VAE:
             folder: of diffusers' AutoencoderKL.
             dtype: of parameters and computation.
             batch_size: most pictures in one call of the encoder.
-            mesh: its devices share every batch; None takes the first device.
+            mesh: its devices share every batch, those of its fsdp axis the parameters; None takes
+                the first device.
 
         Raises:
             FileNotFoundError, ValueError: no such autoencoder, see `vae.load`.
         """
         self.folder = Path(folder)
-        self.module, self.params = vae.load(folder, dtype=dtype)
+        self.module, self.params = vae.load(folder, dtype=dtype, mesh=mesh)
         self.config = self.module.config
         self.dtype = jnp.dtype(dtype).name
         self.id = describe_architecture(self.config)["id"]
@@ -75,7 +76,6 @@ class VAE:
             self._ways = sharding.batch_ways(mesh)
             self._place = sharding.batch_sharding(mesh)
             self._everywhere = sharding.replicated(mesh)
-            self.params = jax.device_put(self.params, self._everywhere)
         self._encode = jax.jit(self._encode_batch, out_shardings=self._place)
         self._decode = jax.jit(self._decode_batch, out_shardings=self._everywhere)
 
@@ -89,13 +89,17 @@ class VAE:
         return {"hash": self.hash, "dtype": self.dtype, **describe_architecture(self.config)}
 
     def encode(self, pictures_BHWC: np.ndarray) -> np.ndarray:
-        """Encodes pictures of one size, in batches of one shape: the last one is filled up.
+        """Encodes pictures of one size, see `dispatch`: moments (B, H/f, W/f, 2C), on the host."""
+        return self.dispatch(pictures_BHWC).fetch()
+
+    def dispatch(self, pictures_BHWC: np.ndarray) -> Dispatched[np.ndarray]:
+        """Starts to encode pictures, in batches of one shape: the last one is filled up.
 
         Args:
             pictures_BHWC: uint8 (B, H, W, 3), on the host.
 
         Returns:
-            Moments (B, H/f, W/f, 2C) float32, on the host.
+            What fetches the moments (B, H/f, W/f, 2C) float32.
 
         Raises:
             ValueError: a size that is no multiple of the factor.
@@ -105,14 +109,16 @@ class VAE:
         size = each * self._ways
         filling = np.repeat(pictures_BHWC[:1], -B % size, axis=0)
         filled_BHWC = np.concatenate([pictures_BHWC, filling])
-        # All batches are dispatched before the first result is fetched.
-        moments = [
-            self._encode(
-                self.params, jax.device_put(filled_BHWC[start : start + size], self._place)
-            )
-            for start in range(0, len(filled_BHWC), size)
-        ]
-        return np.concatenate([np.asarray(batch_BHWC) for batch_BHWC in moments])[:B]
+        with sharding.entered(self._mesh):
+            moments = [
+                self._encode(
+                    self.params, jax.device_put(filled_BHWC[start : start + size], self._place)
+                )
+                for start in range(0, len(filled_BHWC), size)
+            ]
+        return Dispatched(
+            moments, lambda: np.concatenate([np.asarray(each_BHWC) for each_BHWC in moments])[:B]
+        )
 
     def decode(self, z_BHWC: jax.Array, autoencoder: Mapping[str, Any]) -> jax.Array:
         """What the sampler ends with -> uint8 pictures (B, h f, w f, 3), whole on every device.
@@ -121,17 +127,17 @@ class VAE:
             z_BHWC: normalised latents, z = (latent - shift) * scale.
             autoencoder: the manifest's entry: "shift", "scale".
         """
-        mesh = contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
-        with mesh:
+        with sharding.entered(self._mesh):
             return self._decode(self.params, z_BHWC, autoencoder["scale"], autoencoder["shift"])
 
     def _encode_batch(self, params: Any, pictures_BHWC: jax.Array) -> jax.Array:
         values_BHWC = pictures_BHWC.astype(jnp.float32) / 127.5 - 1.0
+        params = sharding.gather(params)
         return self.module.apply({"params": params}, values_BHWC, method="encode")
 
     def _decode_batch(self, params: Any, z_BHWC: jax.Array, scale: Any, shift: Any) -> jax.Array:
         B, h, w, C = z_BHWC.shape
-        factor = self.config.factor
+        factor, params = self.config.factor, sharding.gather(params)
         latents_BHWC = z_BHWC.astype(jnp.float32) / scale + shift
         filled_BHWC = jnp.pad(latents_BHWC, ((0, -B % self._ways), (0, 0), (0, 0), (0, 0)))
         each = len(filled_BHWC) // self._ways

@@ -12,8 +12,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from mmdit_jax.encoders import folder as hf_folder
+from mmdit_jax.encoders.layers import BLOCKS, scan_layers
+from mmdit_jax.sharding import constrain
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
@@ -114,7 +117,11 @@ class CLIPBlock(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    def __call__(
+        self, states: tuple[jax.Array, jax.Array]
+    ) -> tuple[tuple[jax.Array, jax.Array], None]:
+        """(any, x_BTD) -> (x_BTD, the state after this block)."""
+        before_BTD = x_BTD = states[1]
         config = self.config
         batch, length, width = x_BTD.shape
 
@@ -138,7 +145,8 @@ class CLIPBlock(nn.Module):
         x_BTD = x_BTD + dense(width, "out_proj")(attended_BTNK.reshape(batch, length, width))
 
         y_BTF = dense(config.mlp_width, "fc1")(norm("layer_norm2")(x_BTD))
-        return x_BTD + dense(width, "fc2")(ACTIVATIONS[config.activation](y_BTF))
+        x_BTD += dense(width, "fc2")(ACTIVATIONS[config.activation](y_BTF))
+        return (before_BTD, constrain(x_BTD, "batch", None, None)), None
 
 
 class CLIPTextEncoder(nn.Module):
@@ -175,10 +183,9 @@ class CLIPTextEncoder(nn.Module):
 
         x_BTD = embed(config.vocab_size, "token_embedding")(ids_BT)
         x_BTD += embed(config.max_length, "position_embedding")(jnp.arange(length))[None]
-        penultimate_BTD = x_BTD
-        for index in range(config.layers):
-            penultimate_BTD = x_BTD
-            x_BTD = CLIPBlock(config, self.dtype, name=f"layers_{index}")(x_BTD)
+        x_BTD = constrain(x_BTD, "batch", None, None)
+        blocks = scan_layers(CLIPBlock, config.layers)(config, self.dtype, name=BLOCKS)
+        (penultimate_BTD, x_BTD), _ = blocks((x_BTD, x_BTD))
 
         if config.eos_token_id == LEGACY_EOS_TOKEN_ID:
             eos_B = ids_BT.argmax(axis=-1)
@@ -221,8 +228,7 @@ BLOCK_NAMES = {
 def torch_name(path: tuple[str, ...]) -> str:
     if len(path) == 1:
         return TOP_NAMES[path[0]]
-    block, module = path
-    return f"encoder.layers.{block.removeprefix('layers_')}.{BLOCK_NAMES[module]}"
+    return f"encoder.layers.{hf_folder.EACH_LAYER}.{BLOCK_NAMES[path[1]]}"
 
 
 def canonical(name: str) -> str | None:
@@ -238,12 +244,15 @@ def abstract_params(module: CLIPTextEncoder) -> Mapping[str, Any]:
     return jax.eval_shape(module.init, jax.random.key(0), ids_BT)["params"]
 
 
-def load(folder: str | Path, *, dtype: Any = jnp.float32) -> tuple[CLIPTextEncoder, Any]:
+def load(
+    folder: str | Path, *, dtype: Any = jnp.float32, mesh: Mesh | None = None
+) -> tuple[CLIPTextEncoder, Any]:
     """Loads a CLIP text tower from a Hugging Face folder.
 
     Args:
         folder: holds config.json and *.safetensors.
         dtype: of parameters and computation (float32 or bfloat16).
+        mesh: its devices share the parameters; None takes the first device.
 
     Returns:
         The module and its parameters: `module.apply({"params": params}, ids_BT)`.
@@ -254,5 +263,5 @@ def load(folder: str | Path, *, dtype: Any = jnp.float32) -> tuple[CLIPTextEncod
     """
     module = CLIPTextEncoder(CLIPTextConfig.from_folder(folder), dtype)
     return module, hf_folder.load_params(
-        folder, abstract_params(module), torch_name, canonical, dtype=dtype
+        folder, abstract_params(module), torch_name, canonical, dtype=dtype, mesh=mesh
     )

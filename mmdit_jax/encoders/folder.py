@@ -4,17 +4,22 @@ Loading is strict in both directions: a parameter without a weight and a weight 
 are both errors, so that a wrong architecture cannot load by half.
 """
 
+import contextlib
+import functools
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from jax.sharding import Mesh
 from safetensors import safe_open
+
+from mmdit_jax import sharding
 
 # The leaf of a Linen parameter -> the leaf of its torch name.
 LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
@@ -22,6 +27,8 @@ LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": 
 # Dimensions of a Linen kernel -> its axes in the order of torch. Linear is (out, in) there and
 # (in, out) here, Conv2d (out, in, h, w) there and (h, w, in, out) here. Other leaves are alike.
 KERNEL_AXES = {2: (1, 0), 4: (3, 2, 0, 1)}
+
+EACH_LAYER = "{layer}"
 
 # What the weights are called: by transformers, by diffusers.
 STEMS = ("model", "diffusion_pytorch_model")
@@ -100,6 +107,42 @@ def torch_axes(leaf: str, dimensions: int) -> tuple[int, ...]:
     return KERNEL_AXES[dimensions] if leaf == "kernel" else tuple(range(dimensions))
 
 
+class Wanted(NamedTuple):
+    """A tensor that a network asks for.
+
+    Attributes:
+        path: of the parameter that it becomes, or becomes a layer of.
+        layer: which one; None where it is the whole parameter.
+        shape: in the order of torch.
+        axes: `ours.transpose(axes)` is theirs, of one layer.
+    """
+
+    path: tuple[str, ...]
+    layer: int | None
+    shape: tuple[int, ...]
+    axes: tuple[int, ...]
+
+
+def wanted_tensors(
+    abstract_params: Any, torch_name: Callable[[tuple[str, ...]], str]
+) -> dict[str, Wanted]:
+    """Torch name -> the tensor, for every tensor that a tree of Linen parameters is made of.
+
+    See `load_params` for the arguments.
+    """
+    wanted = {}
+    for path, leaf in traverse_util.flatten_dict(abstract_params).items():
+        name = f"{torch_name(path[:-1])}.{LEAVES[path[-1]]}"
+        stacked = EACH_LAYER in name
+        shape = leaf.shape[1:] if stacked else leaf.shape
+        axes = torch_axes(path[-1], len(shape))
+        shape = tuple(shape[axis] for axis in axes)
+        for layer in range(leaf.shape[0]) if stacked else [None]:
+            each = name.replace(EACH_LAYER, str(layer))
+            wanted[each] = Wanted(path, layer, shape, axes)
+    return wanted
+
+
 def load_params(
     folder: str | Path,
     abstract_params: Any,
@@ -107,16 +150,23 @@ def load_params(
     canonical: Callable[[str], str | None],
     *,
     dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
 ) -> Any:
-    """Fills a tree of Linen parameters from the safetensors of a folder, one tensor at a time.
+    """Fills a tree of Linen parameters from the safetensors of a folder.
+
+    Every name and shape is compared before anything is read. Then each device is given its part of
+    one parameter after the other: a device holds no more than its share of the network, the host no
+    more than one device's part of one parameter.
 
     Args:
         folder: the model folder.
         abstract_params: the wanted tree, of anything with a shape.
-        torch_name: path of a Linen module -> the torch name of that module.
+        torch_name: path of a Linen module -> the torch name of that module; with EACH_LAYER in the
+            place of a number if the parameters stack what are separate tensors there.
         canonical: a name in the files -> that name as `torch_name` writes it, or None for a tensor
             that is no parameter of this network.
         dtype: of the parameters in memory, whatever the files hold.
+        mesh: its devices share the parameters (`sharding.frozen_shardings`); None takes the first.
 
     Returns:
         The tree of jax arrays.
@@ -124,17 +174,12 @@ def load_params(
     Raises:
         ValueError: missing, unexpected or doubled weights, or a shape that differs.
     """
-    wanted: dict[str, tuple[tuple[str, ...], tuple[int, ...], tuple[int, ...]]] = {}
-    for path, leaf in traverse_util.flatten_dict(abstract_params).items():
-        axes = torch_axes(path[-1], len(leaf.shape))
-        shape = tuple(leaf.shape[axis] for axis in axes)
-        wanted[f"{torch_name(path[:-1])}.{LEAVES[path[-1]]}"] = (path, shape, axes)
-
-    params: dict[tuple[str, ...], jax.Array] = {}
-    loaded: set[str] = set()
-    unexpected: set[str] = set()
-    for file in weight_files(folder):
-        with safe_open(file, framework="np") as tensors:
+    wanted = wanted_tensors(abstract_params, torch_name)
+    with contextlib.ExitStack() as open_files:
+        found: dict[str, Any] = {}
+        unexpected: set[str] = set()
+        for file in weight_files(folder):
+            tensors = open_files.enter_context(safe_open(file, framework="np"))
             for stored_name in tensors.keys():
                 name = canonical(stored_name)
                 if name is None:
@@ -142,10 +187,10 @@ def load_params(
                 if name not in wanted:
                     unexpected.add(stored_name)
                     continue
-                if name in loaded:
+                if name in found:
                     raise ValueError(f"{file} holds {name} a second time; remove one")
-                path, shape, axes = wanted[name]
-                stored_shape = tuple(tensors.get_slice(stored_name).get_shape())
+                found[name] = tensors.get_slice(stored_name)
+                shape, stored_shape = wanted[name].shape, tuple(found[name].get_shape())
                 # Old autoencoders store the matrices of their attention as 1x1 convolutions.
                 as_convolution = len(shape) == 2 and stored_shape == (*shape, 1, 1)
                 if stored_shape != shape and not as_convolution:
@@ -153,18 +198,56 @@ def load_params(
                         f"{stored_name} in {file} has shape {stored_shape} but config.json asks "
                         f"for {shape}; the two files belong to different models"
                     )
-                tensor = tensors.get_tensor(stored_name).reshape(shape)
-                params[path] = jnp.asarray(tensor.transpose(np.argsort(axes)), dtype)
-                loaded.add(name)
-    missing = set(wanted) - loaded
-    if missing or unexpected:
-        problems = []
-        if missing:
-            problems.append(f"lacks {len(missing)} weights ({_listed(missing)})")
-        if unexpected:
-            problems.append(f"has {len(unexpected)} unexpected weights ({_listed(unexpected)})")
-        raise ValueError(f"{folder} {' and '.join(problems)}; its config.json is for another model")
+        _refuse_others(folder, set(wanted) - set(found), unexpected)
+        stored: dict[tuple[str, ...], list[tuple[int | None, Any, tuple[int, ...]]]] = {}
+        for name, (path, layer, _, axes) in wanted.items():
+            stored.setdefault(path, []).append((layer, found[name], axes))
+        params = {}
+        flat = traverse_util.flatten_dict(abstract_params)
+        places = traverse_util.flatten_dict(
+            {} if mesh is None else sharding.frozen_shardings(abstract_params, mesh)
+        )
+        for path, leaf in flat.items():
+            read = functools.partial(_read, stored[path], leaf.shape, dtype)
+            if mesh is None:
+                params[path] = jnp.asarray(read((slice(None),) * len(leaf.shape)))
+            else:
+                params[path] = jax.make_array_from_callback(leaf.shape, places[path], read)
+            # Otherwise the host would read ahead of what the devices have taken.
+            jax.block_until_ready(params[path])
     return traverse_util.unflatten_dict(params)
+
+
+def _read(
+    layers: Sequence[tuple[int | None, Any, tuple[int, ...]]],
+    shape: tuple[int, ...],
+    dtype: Any,
+    index: tuple[slice, ...],
+) -> np.ndarray:
+    """The part `index` of a parameter, from (layer, tensor, axes) of each of its layers."""
+    if layers[0][0] is None:
+        return _read_layer(layers[0][1], layers[0][2], dtype, index)
+    parts = [each for each in layers if each[0] in range(*index[0].indices(shape[0]))]
+    return np.stack([_read_layer(tensor, axes, dtype, index[1:]) for _, tensor, axes in parts])
+
+
+def _read_layer(
+    tensor: Any, axes: tuple[int, ...], dtype: Any, index: tuple[slice, ...]
+) -> np.ndarray:
+    values = tensor[tuple(index[axis] for axis in axes)]
+    values = values.reshape(values.shape[: len(axes)])
+    return np.ascontiguousarray(values.transpose(np.argsort(axes)), dtype)
+
+
+def _refuse_others(folder: str | Path, missing: set[str], unexpected: set[str]) -> None:
+    """Raises ValueError if weights are missing or are none of this network's."""
+    problems = []
+    if missing:
+        problems.append(f"lacks {len(missing)} weights ({_listed(missing)})")
+    if unexpected:
+        problems.append(f"has {len(unexpected)} unexpected weights ({_listed(unexpected)})")
+    if problems:
+        raise ValueError(f"{folder} {' and '.join(problems)}; its config.json is for another model")
 
 
 def field(config: Mapping[str, Any], key: str, folder: str | Path) -> Any:

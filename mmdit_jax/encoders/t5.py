@@ -14,8 +14,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from mmdit_jax.encoders import folder as hf_folder
+from mmdit_jax.encoders.layers import BLOCKS, scan_layers
+from mmdit_jax.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +105,7 @@ class T5Block(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, bias_1NTT: jax.Array) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, bias_1NTT: jax.Array) -> tuple[jax.Array, None]:
         config = self.config
         batch, length, width = x_BTD.shape
         inner = config.heads * config.head_width
@@ -125,7 +128,8 @@ class T5Block(nn.Module):
 
         y_BTD = nn.RMSNorm(config.layer_norm_eps, dtype=self.dtype, name="mlp_norm")(x_BTD)
         gate_BTF = jax.nn.gelu(dense(config.mlp_width, "wi_0")(y_BTD), approximate=True)
-        return x_BTD + dense(width, "wo")(gate_BTF * dense(config.mlp_width, "wi_1")(y_BTD))
+        x_BTD += dense(width, "wo")(gate_BTF * dense(config.mlp_width, "wi_1")(y_BTD))
+        return constrain(x_BTD, "batch", None, None), None
 
 
 class T5Encoder(nn.Module):
@@ -147,15 +151,16 @@ class T5Encoder(nn.Module):
             "sequence" (B, T, D): the final-normed states.
         """
         config = self.config
-        x_BTD = nn.Embed(config.vocab_size, config.width, dtype=self.dtype, name="shared")(ids_BT)
+        embed = nn.Embed(config.vocab_size, config.width, dtype=self.dtype, name="shared")
+        x_BTD = constrain(embed(ids_BT), "batch", None, None)
         bucket_TT = relative_buckets(ids_BT.shape[1], config.buckets, config.max_distance)
         # One table serves all blocks; the files keep it in block 0.
         bias_TTN = nn.Embed(
             config.buckets, config.heads, dtype=self.dtype, name="relative_attention_bias"
         )(jnp.asarray(bucket_TT))
         bias_1NTT = bias_TTN.transpose(2, 0, 1)[None]
-        for index in range(config.layers):
-            x_BTD = T5Block(config, self.dtype, name=f"block_{index}")(x_BTD, bias_1NTT)
+        blocks = scan_layers(T5Block, config.layers)(config, self.dtype, name=BLOCKS)
+        x_BTD, _ = blocks(x_BTD, bias_1NTT)
         norm = nn.RMSNorm(config.layer_norm_eps, dtype=self.dtype, name="final_layer_norm")
         return {"sequence": norm(x_BTD)}
 
@@ -182,8 +187,7 @@ BLOCK_NAMES = {
 def torch_name(path: tuple[str, ...]) -> str:
     if len(path) == 1:
         return TOP_NAMES[path[0]]
-    block, module = path
-    return f"encoder.block.{block.removeprefix('block_')}.{BLOCK_NAMES[module]}"
+    return f"encoder.block.{hf_folder.EACH_LAYER}.{BLOCK_NAMES[path[1]]}"
 
 
 def canonical(name: str) -> str | None:
@@ -198,12 +202,15 @@ def abstract_params(module: T5Encoder) -> Mapping[str, Any]:
     return jax.eval_shape(module.init, jax.random.key(0), ids_BT)["params"]
 
 
-def load(folder: str | Path, *, dtype: Any = jnp.float32) -> tuple[T5Encoder, Any]:
+def load(
+    folder: str | Path, *, dtype: Any = jnp.float32, mesh: Mesh | None = None
+) -> tuple[T5Encoder, Any]:
     """Loads a T5 v1.1 encoder from a Hugging Face folder.
 
     Args:
         folder: holds config.json and *.safetensors.
         dtype: of parameters and computation (float32 or bfloat16; float16 overflows in T5).
+        mesh: its devices share the parameters; None takes the first device.
 
     Returns:
         The module and its parameters: `module.apply({"params": params}, ids_BT)`.
@@ -214,5 +221,5 @@ def load(folder: str | Path, *, dtype: Any = jnp.float32) -> tuple[T5Encoder, An
     """
     module = T5Encoder(T5Config.from_folder(folder), dtype)
     return module, hf_folder.load_params(
-        folder, abstract_params(module), torch_name, canonical, dtype=dtype
+        folder, abstract_params(module), torch_name, canonical, dtype=dtype, mesh=mesh
     )

@@ -27,6 +27,7 @@ from mmdit_jax.encoders.conditioning import (
     null_condition,
     zero_outputs,
 )
+from mmdit_jax.encoders.dispatched import Dispatched
 
 __all__ = [
     "CLIP_NAMES",
@@ -38,6 +39,7 @@ __all__ = [
     "count_truncated",
     "describe",
     "describe_architecture",
+    "dispatch",
     "drop_mask",
     "encode",
     "load_text_encoders",
@@ -74,7 +76,7 @@ class TextEncoder:
         layer: which state the sequence is, "penultimate" or "final".
         module, params: the network.
         tokenizer: of transformers.
-        batch_size: captions per call of the network.
+        batch_size: captions per call of the network, a multiple of the devices that share them.
     """
 
     def __init__(
@@ -90,7 +92,7 @@ class TextEncoder:
     ):
         self.name = name
         self.folder = Path(folder)
-        self.module, self.params = LOADERS[name](folder, dtype=dtype)
+        self.module, self.params = LOADERS[name](folder, dtype=dtype, mesh=mesh)
         config = self.module.config
         self.tokenizer = load_tokenizer(tokenizer_folder)
         padding_rows = 0 if name in CLIP_NAMES else T5_PADDING_ROWS
@@ -105,13 +107,14 @@ class TextEncoder:
         architecture = describe_architecture(config)
         self.pooled_width, self.layer = architecture["pooled_width"], architecture["layer"]
         self.id = architecture["id"]
-        self._ids_sharding, self._ways = None, 1
+        self._mesh, self._place, self._ways = mesh, None, 1
         if mesh is not None:
-            sharding.check_batch(mesh, batch_size)
-            self.params = jax.device_put(self.params, sharding.replicated(mesh))
-            self._ids_sharding = sharding.batch_sharding(mesh)
-            self._ways = sharding.batch_ways(mesh)
-        self._apply = jax.jit(lambda params, ids_BT: self.module.apply({"params": params}, ids_BT))
+            self._place, self._ways = sharding.batch_sharding(mesh), sharding.batch_ways(mesh)
+            self.batch_size += -batch_size % self._ways
+        self._apply = jax.jit(
+            lambda params, ids_BT: self.module.apply({"params": params}, ids_BT),
+            out_shardings=self._place,
+        )
 
     @functools.cached_property
     def hash(self) -> str:
@@ -137,14 +140,22 @@ class TextEncoder:
         return ids_BT, truncated
 
     def encode(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
-        """Encodes captions; equal ones only once.
+        """Encodes captions and waits, see `dispatch`.
+
+        Returns:
+            "sequence" (B, T, D) and, of a CLIP, "pooled" (B, V): float32 on the host.
+        """
+        return self.dispatch(captions).fetch()
+
+    def dispatch(self, captions: Sequence[str]) -> Dispatched[dict[str, np.ndarray]]:
+        """Starts to encode captions; equal ones only once.
 
         The network sees batches of `batch_size`, the last one filled up, so that it is compiled
         once. A call with fewer captions takes the next power of two (times the devices of the
         mesh): a prompt is not encoded 64 times.
 
         Returns:
-            "sequence" (B, T, D) and, of a CLIP, "pooled" (B, V): float32 on the host.
+            What fetches the result of `encode`.
         """
         unique = list(dict.fromkeys(captions))
         if not unique:
@@ -155,19 +166,23 @@ class TextEncoder:
             batch *= 2
         batch = min(batch, self.batch_size)
         filled_UT = np.concatenate([ids_UT, np.repeat(ids_UT[:1], -len(unique) % batch, axis=0)])
-        # All batches are dispatched before the first result is fetched.
-        chunks = [
-            self._apply(
-                self.params, jax.device_put(filled_UT[start : start + batch], self._ids_sharding)
-            )
-            for start in range(0, len(filled_UT), batch)
-        ]
+        with sharding.entered(self._mesh):
+            chunks = [
+                self._apply(
+                    self.params, jax.device_put(filled_UT[start : start + batch], self._place)
+                )
+                for start in range(0, len(filled_UT), batch)
+            ]
         row = {caption: index for index, caption in enumerate(unique)}
         rows_B = np.array([row[caption] for caption in captions])
-        return {
-            kind: np.concatenate([np.asarray(c[kind], np.float32) for c in chunks])[rows_B]
-            for kind in chunks[0]
-        }
+
+        def fetch() -> dict[str, np.ndarray]:
+            return {
+                kind: np.concatenate([np.asarray(c[kind], np.float32) for c in chunks])[rows_B]
+                for kind in chunks[0]
+            }
+
+        return Dispatched(chunks, fetch)
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -252,8 +267,8 @@ def load_text_encoders(
         lengths: encoder name -> tokens per caption (77 each in SD3).
         dtype: of parameters and computation.
         batch_size: captions per call of a network.
-        mesh: splits every batch over its devices, those of this process (`jax.local_devices()`),
-            and holds the parameters on each. None takes the first device.
+        mesh: splits every batch over its devices, and the parameters over its fsdp axis; for the
+            devices of this process (`sharding.local_mesh`). None takes the first device.
 
     Returns:
         The encoders by name, in the order of ENCODER_NAMES.
@@ -287,7 +302,18 @@ def encode(
     encoders: Mapping[str, TextEncoder], captions: Sequence[str]
 ) -> dict[str, dict[str, np.ndarray]]:
     """Returns the TextOutputs of captions: every encoder's outputs, float32 on the host."""
-    return {name: encoder.encode(captions) for name, encoder in encoders.items()}
+    return dispatch(encoders, captions).fetch()
+
+
+def dispatch(
+    encoders: Mapping[str, TextEncoder], captions: Sequence[str]
+) -> Dispatched[dict[str, dict[str, np.ndarray]]]:
+    """Starts to encode captions with every encoder; what is returned fetches `encode`'s result."""
+    started = {name: encoder.dispatch(captions) for name, encoder in encoders.items()}
+    return Dispatched(
+        [each.arrays for each in started.values()],
+        lambda: {name: each.fetch() for name, each in started.items()},
+    )
 
 
 def count_truncated(encoders: Mapping[str, TextEncoder], captions: Sequence[str]) -> dict[str, int]:

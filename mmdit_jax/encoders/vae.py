@@ -15,6 +15,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from mmdit_jax.encoders import folder as hf_folder
 
@@ -357,12 +358,15 @@ def abstract_params(module: AutoencoderKL) -> Mapping[str, Any]:
     return jax.eval_shape(module.init, jax.random.key(0), pictures_BHWC)["params"]
 
 
-def load(folder: str | Path, *, dtype: Any = jnp.float32) -> tuple[AutoencoderKL, Any]:
+def load(
+    folder: str | Path, *, dtype: Any = jnp.float32, mesh: Mesh | None = None
+) -> tuple[AutoencoderKL, Any]:
     """Loads a KL autoencoder from a Hugging Face folder.
 
     Args:
         folder: holds config.json and *.safetensors (the vae/ of a diffusers pipeline).
         dtype: of parameters and computation (float32 or bfloat16).
+        mesh: the devices of its fsdp axis share the parameters; None takes the first device.
 
     Returns:
         The module and its parameters.
@@ -373,5 +377,5 @@ def load(folder: str | Path, *, dtype: Any = jnp.float32) -> tuple[AutoencoderKL
     """
     module = AutoencoderKL(VAEConfig.from_folder(folder), dtype)
     return module, hf_folder.load_params(
-        folder, abstract_params(module), torch_name, canonical, dtype=dtype
+        folder, abstract_params(module), torch_name, canonical, dtype=dtype, mesh=mesh
     )

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flax import traverse_util
 
 from mmdit_jax.encoders import autoencoder, clip, t5, text, vae
 from mmdit_jax.encoders import folder as hf_folder
@@ -167,12 +166,8 @@ def _expected(name: str, folder: Path) -> dict[str, tuple[int, ...]]:
     else:
         module = clip.CLIPTextEncoder(clip.CLIPTextConfig.from_folder(folder))
         tree, torch_name = clip.abstract_params(module), clip.torch_name
-    return {
-        f"{torch_name(path[:-1])}.{hf_folder.LEAVES[path[-1]]}": tuple(
-            leaf.shape[axis] for axis in hf_folder.torch_axes(path[-1], len(leaf.shape))
-        )
-        for path, leaf in traverse_util.flatten_dict(tree).items()
-    }
+    wanted = hf_folder.wanted_tensors(tree, torch_name)
+    return {name: tensor.shape for name, tensor in wanted.items()}
 
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -80,7 +80,7 @@ def test_no_more_pixels_than_fit_are_encoded_at_once(pictures, expected, monkeyp
 
 
 def test_devices_share_what_is_encoded_and_decoded(alone, pictures, expected, monkeypatch):
-    mesh = sharding.make_mesh()
+    mesh = sharding.local_mesh()
     split = VAE(FOLDER, batch_size=12, mesh=mesh)
     seen = []
     encode = split._encode
@@ -88,7 +88,9 @@ def test_devices_share_what_is_encoded_and_decoded(alone, pictures, expected, mo
     np.testing.assert_allclose(split.encode(pictures), expected, atol=1e-5)
     for params, x in seen:
         assert x.sharding.shard_shape(x.shape) == (2, 8, 12, 3)
-        assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(params))
+        held = sum(leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(params))
+        # The last convolutions, of 3 and of 4 channels, are not divided by 8.
+        assert held < 0.3 * sum(leaf.size for leaf in jax.tree.leaves(params))
     # 24 latents are three rounds of one a device: nobody decodes what another holds.
     z = np.random.default_rng(1).standard_normal((24, 4, 6, 4), np.float32)
     monkeypatch.setattr(autoencoder_lib, "PIXELS_AT_ONCE", 8 * 12)

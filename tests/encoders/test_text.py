@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from data_pipelines.random_encoders import make_random_encoders
 from mmdit_jax import sharding
-from mmdit_jax.encoders import text
+from mmdit_jax.encoders import t5, text
 
 CAPTIONS = [
     "a red circle left of a blue square",
@@ -119,20 +119,49 @@ def test_the_network_is_compiled_once_and_equal_captions_are_encoded_once(paths)
     assert batches[2:] == [1]
 
 
-def test_devices_share_a_batch(paths, encoders):
-    mesh = sharding.make_mesh()
-    split = text.load_text_encoders({"t5": paths["t5"]}, LENGTHS, batch_size=8, mesh=mesh)["t5"]
-    used = []
-    apply = split._apply
-    split._apply = lambda params, ids_BT: used.extend([params, ids_BT]) or apply(params, ids_BT)
-    expected = encoders["t5"].encode(CAPTIONS)["sequence"]
-    np.testing.assert_allclose(split.encode(CAPTIONS)["sequence"], expected, atol=1e-5)
-    params, ids_BT = used
-    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(params))
-    assert all(len(leaf.sharding.device_set) == 8 for leaf in jax.tree.leaves(params))
-    assert ids_BT.sharding.shard_shape(ids_BT.shape) == (1, 7)
-    with pytest.raises(ValueError, match="batch_size=12 does not split into 8"):
-        text.load_text_encoders({"t5": paths["t5"]}, LENGTHS, batch_size=12, mesh=mesh)
+def test_devices_share_the_batch_and_the_parameters(paths, encoders):
+    # Six captions do not divide: the batch is filled up to one caption a device.
+    names = ("clip_g", "t5")
+    split = text.load_text_encoders(
+        {name: paths[name] for name in names}, LENGTHS, batch_size=6, mesh=sharding.local_mesh()
+    )
+    for name in names:
+        used, apply = [], split[name]._apply
+        split[name]._apply = lambda *a, used=used, apply=apply: used.extend(a) or apply(*a)
+        expected, outputs = encoders[name].encode(CAPTIONS), split[name].encode(CAPTIONS)
+        for kind, values in expected.items():
+            np.testing.assert_allclose(outputs[kind], values, rtol=0, atol=2e-5)
+        params, ids_BT = used
+        assert ids_BT.sharding.shard_shape(ids_BT.shape) == (1, LENGTHS[name])
+        for ours, whole in zip(
+            jax.tree.leaves(params), jax.tree.leaves(encoders[name].params), strict=True
+        ):
+            assert ours.addressable_shards[0].data.size * 8 == ours.size, ours.shape
+            np.testing.assert_array_equal(ours, whole)
+
+
+def temporary_bytes(module, params, mesh):
+    """What a device of the mesh holds besides parameters, ids and outputs."""
+    place = sharding.batch_sharding(mesh)
+    ids_BT = jax.ShapeDtypeStruct((8, 4), np.int32, sharding=place)
+    with sharding.entered(mesh):
+        apply = jax.jit(lambda p, ids_BT: module.apply({"params": p}, ids_BT), out_shardings=place)
+        compiled = apply.lower(params, ids_BT).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_a_device_never_holds_more_than_one_layer_whole():
+    layers, mesh = 12, sharding.local_mesh()
+    module = t5.T5Encoder(t5.T5Config(128, 128, 256, layers, 4, 32))
+    shapes = t5.abstract_params(module)
+    params = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes,
+        sharding.frozen_shardings(shapes, mesh),
+    )
+    total = 4 * sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    # One layer, and what a CPU, unlike a TPU, makes of the share: a copy in another layout.
+    assert temporary_bytes(module, params, mesh) < total / 8 + 1.5 * total / layers
 
 
 def test_no_captions_are_refused(encoders):

@@ -134,7 +134,7 @@ def test_all_networks_are_found_and_load(tensors, tmp_path):
         ROWS, WIDTH, 96, 2, 2, LENGTH, "quick_gelu", ROWS - 1, None
     )
     np.testing.assert_array_equal(
-        params["layers_1"]["fc1"]["kernel"].T,
+        params["blocks"]["fc1"]["kernel"][1].T,
         tensors["text_encoders.clip_l.transformer.text_model.encoder.layers.1.mlp.fc1.weight"],
     )
     module, params = clip.load(folders["clip_g"])
@@ -146,7 +146,7 @@ def test_all_networks_are_found_and_load(tensors, tmp_path):
     module, params = t5.load(folders["t5"])
     assert module.config == t5.T5Config(ROWS, 48, 72, 2, 3, 20)
     np.testing.assert_array_equal(
-        params["block_1"]["o"]["kernel"].T,
+        params["blocks"]["o"]["kernel"][1].T,
         tensors["text_encoders.t5xxl.transformer.encoder.block.1.layer.0.SelfAttention.o.weight"],
     )
 
