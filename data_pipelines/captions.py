@@ -1,5 +1,6 @@
 """The text encoders of a build, and their outputs for its captions."""
 
+import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,13 @@ from absl import logging
 from data_pipelines.random_encoders import make_random_encoders
 from data_pipelines.samples import Rejected
 from data_pipelines.settings import DTYPES, Settings
+from data_pipelines.stage_times import TEXT, StageTimes
+from mmdit_jax import sharding
 from mmdit_jax.encoders import text
+from mmdit_jax.encoders.dispatched import Dispatched
+
+FETCHED = Dispatched(None, dict)
+"""In the place of results that the devices need no longer keep."""
 
 
 def open_text_encoders(
@@ -42,6 +49,7 @@ def open_text_encoders(
         settings.lengths(),
         dtype=DTYPES[settings.text_dtype],
         batch_size=settings.batch_size,
+        mesh=sharding.local_mesh(),
     )
 
 
@@ -67,9 +75,27 @@ class CaptionTable:
         self._captions = list(dict.fromkeys(captions))
         self._place = {caption: index for index, caption in enumerate(self._captions)}
         self._outputs: dict[int, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
+        self._started: dict[int, Dispatched] = {}
+
+    def dispatch(self, captions: Sequence[str], times: StageTimes) -> list[Dispatched]:
+        """Starts to encode those of the captions that nobody asked for before; returns them."""
+        started = []
+        for number in dict.fromkeys(self._place[caption] // self._block for caption in captions):
+            if number not in self._started:
+                block = self._captions[self._first(number) :][: self._block]
+                dispatch = functools.partial(text.dispatch, self._encoders, block)
+                started.append(times.dispatched(TEXT, len(block), len(block), dispatch))
+                self._started[number] = started[-1]
+        return started
+
+    def _first(self, number: int) -> int:
+        # The last block reaches back instead of being short: one shape, compiled once.
+        return max(0, min(number * self._block, len(self._captions) - self._block))
 
     def fields(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
         """The record's "text/<name>/sequence" (n, T, W) float16 and "/pooled" (n, V) float32.
+
+        The captions were dispatched.
 
         Raises:
           Rejected: "non_finite".
@@ -78,10 +104,10 @@ class CaptionTable:
         for index, caption in enumerate(captions):
             place = self._place[caption]
             number = place // self._block
-            # The last block reaches back instead of being short: one shape, compiled once.
-            start = max(0, min(number * self._block, len(self._captions) - self._block))
+            start = self._first(number)
             if number not in self._outputs:
-                self._outputs[number] = self._encode(self._captions[start : start + self._block])
+                self._outputs[number] = self._to_fields(self._started[number].fetch())
+                self._started[number] = FETCHED
             for field, (rows, finite_B) in self._outputs[number].items():
                 if not finite_B[place - start]:
                     raise Rejected("non_finite", f"NaN or infinity in {field} of {caption!r}")
@@ -91,10 +117,12 @@ class CaptionTable:
                 fields[field][index] = row
         return fields
 
-    def _encode(self, captions: list[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    def _to_fields(
+        self, encoded: Mapping[str, Mapping[str, np.ndarray]]
+    ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Record field -> the captions' outputs, and which of them are finite."""
         fields = {}
-        for name, outputs in text.encode(self._encoders, captions).items():
+        for name, outputs in encoded.items():
             for kind, values in outputs.items():
                 # The paper (App. E.1) saves sequences in half precision; pooled vectors stay full.
                 dtype = np.float16 if kind == "sequence" else np.float32

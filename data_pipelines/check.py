@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +83,14 @@ class Check:
             self._verdicts[number] = content["verdicts"]
         return number in self._verdicts
 
-    def make(self, number: int, progress: Progress) -> None:
-        """Looks at a block: for every sample [hash of its file, bucket], or [reason of its drop,
-        particulars]."""
+    def make(self, numbers: Sequence[int], progress: Progress) -> None:
+        """Looks at some blocks."""
+        for number in numbers:
+            self._verdicts[number] = self._look(number, progress)
+
+    def _look(self, number: int, progress: Progress) -> list[Any]:
+        """Notes and returns, for every sample of a block, [hash of its file, bucket], or [reason
+        of its drop, particulars]."""
         verdicts = []
         samples = self.source.samples[number * BLOCK : (number + 1) * BLOCK]
         for result in self._pictures.checked(samples):
@@ -97,7 +102,7 @@ class Check:
         self.notes.mkdir(parents=True, exist_ok=True)
         note = {"listing": self.listing, "verdicts": verdicts}
         write_json(self._path(number), note, indent=None)
-        self._verdicts[number] = verdicts
+        return verdicts
 
     def result(self) -> tuple[list[Checked], list[Dropped]]:
         """The usable samples and the others, when every block is done."""

@@ -105,8 +105,13 @@ class Embed:
         """Whether the embeddings of a block are there, or no longer needed."""
         return self._path(number).exists() or self.result.exists()
 
-    def make(self, number: int, progress: Progress) -> None:
-        """Embeds a block: (N, V), NaN for a picture that can no longer be read."""
+    def make(self, numbers: Sequence[int], progress: Progress) -> None:
+        """Embeds some blocks."""
+        for number in numbers:
+            self._embed(number, progress)
+
+    def _embed(self, number: int, progress: Progress) -> None:
+        """Notes the embeddings of a block: (N, V), NaN for a picture that can no longer be read."""
         part = self.items[number * BLOCK : (number + 1) * BLOCK]
         vectors_NV = _embed_block(part, self._pictures, self.embedding, progress)
         self._notes.mkdir(parents=True, exist_ok=True)

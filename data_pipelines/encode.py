@@ -4,21 +4,32 @@ Everything here is a pure function of the plan (which samples, in which order), 
 before: a build that was killed and resumed writes the bytes that an uninterrupted one writes.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
 
+import jax
 import numpy as np
 
 from data_pipelines.captions import CaptionTable
 from data_pipelines.latents import Autoencoder
 from data_pipelines.pictures import Checked, Picture, Pictures
 from data_pipelines.samples import Dropped, Rejected, Sample
+from data_pipelines.stage_times import LATENTS, WRITE, StageTimes
+from mmdit_jax.encoders.dispatched import Dispatched
+
+Item = TypeVar("Item")
 
 CODE_VERSION = 2
 """Raise it with every change that alters what is written for the same input."""
+
+AHEAD = 2
+"""Batches dispatched before those whose records are being made; bounds the memory."""
 
 
 def encoding_identity(
@@ -84,28 +95,91 @@ class Encoded(NamedTuple):
     enlarged: bool = False
 
 
-def encode_samples(
-    items: Sequence[Checked],
+class _Batch(NamedTuple):
+    """Samples whose pictures and captions the networks were given."""
+
+    items: Sequence[Checked]
+    pictures: Sequence[Picture | Rejected]
+    latents: Dispatched[np.ndarray] | None  # of the pictures that are not rejected, if any
+    captions: CaptionTable
+    arrays: Any  # all that the devices make of it
+
+
+def encode_shards(
+    shards: Sequence[Sequence[Checked]],
     pictures: Pictures,
     autoencoder: Autoencoder,
-    captions: CaptionTable,
+    captions_of: Callable[[Sequence[Checked]], CaptionTable],
+    times: StageTimes,
     *,
     identity: str,
     batch_size: int,
-) -> Iterator[Encoded]:
-    """Encodes samples in batches of `batch_size` pictures; one result per sample, in order."""
-    together = zip(items, pictures.prepared(items), strict=True)
-    while batch := list(itertools.islice(together, batch_size)):
-        usable = [picture for _, picture in batch if isinstance(picture, Picture)]
-        latents = iter(())
-        if usable:
-            stacked_BHWC = np.stack([picture.pixels_HWC for picture in usable])
-            latents = iter(autoencoder.encode(stacked_BHWC))
-        for item, picture in batch:
+) -> Generator[Iterator[Encoded]]:
+    """Encodes the samples of some shards in batches of `batch_size` pictures of one shard.
+
+    Pictures are prepared and batches dispatched in a thread, AHEAD batches before those whose
+    records are asked for and past the ends of shards: the devices have work while records are made
+    and written. Close the generator to stop the thread.
+
+    Yields:
+      For each shard, in order, one result per sample, in order; to be used up before the next.
+    """
+    batches = _dispatch(shards, pictures, autoencoder, captions_of, batch_size, times)
+    with run_ahead(batches, AHEAD) as ready:
+        for items in shards:
+            yield _encoded(itertools.islice(ready, -(-len(items) // batch_size)), identity, times)
+
+
+def _dispatch(
+    shards: Sequence[Sequence[Checked]],
+    pictures: Pictures,
+    autoencoder: Autoencoder,
+    captions_of: Callable[[Sequence[Checked]], CaptionTable],
+    batch_size: int,
+    times: StageTimes,
+) -> Generator[_Batch]:
+    prepared = pictures.prepared(itertools.chain.from_iterable(shards))
+    for items in shards:
+        captions = captions_of(items)
+        for start in range(0, len(items), batch_size):
+            batch = items[start : start + batch_size]
+            made = list(itertools.islice(prepared, len(batch)))
+            usable = [each.pixels_HWC for each in made if isinstance(each, Picture)]
+            latents, texts = None, []
+            if usable:
+                stacked_BHWC = np.stack(usable)
+                latents = times.dispatched(
+                    LATENTS,
+                    len(usable),
+                    stacked_BHWC.shape[1:],
+                    lambda stacked_BHWC=stacked_BHWC: autoencoder.dispatch(stacked_BHWC),
+                )
+                wanted = zip(batch, made, strict=True)
+                texts = captions.dispatch(
+                    [
+                        caption.text
+                        for item, picture in wanted
+                        if isinstance(picture, Picture)
+                        for caption in item.sample.captions
+                    ],
+                    times,
+                )
+            arrays = [each.arrays for each in [latents, *texts] if each is not None]
+            yield _Batch(batch, made, latents, captions, arrays)
+
+
+def _encoded(batches: Iterable[_Batch], identity: str, times: StageTimes) -> Iterator[Encoded]:
+    for batch in batches:
+        jax.block_until_ready(batch.arrays)  # so that what follows is work and no waiting
+        with times.spent(WRITE, 0):
+            latents = iter(() if batch.latents is None else batch.latents.fetch())
+        for item, picture in zip(batch.items, batch.pictures, strict=True):
             try:
                 if isinstance(picture, Rejected):
                     raise picture
-                record = make_record(item.sample, picture, next(latents), captions, identity)
+                latent_HWC = next(latents)
+                with times.spent(WRITE, 0):
+                    record = make_record(item.sample, picture, latent_HWC, batch.captions, identity)
             except Rejected as rejected:
                 case = Dropped(item.sample.name, rejected.reason, rejected.detail)
                 yield Encoded(None, case)
@@ -113,3 +187,26 @@ def encode_samples(
                 height, width = picture.pixels_HWC.shape[:2]
                 smaller = picture.crop.height < height or picture.crop.width < width
                 yield Encoded(record, enlarged=smaller)
+
+
+@contextlib.contextmanager
+def run_ahead(iterator: Generator[Item], depth: int) -> Iterator[Iterator[Item]]:
+    """The items of an iterator that runs in a thread of its own, `depth` items ahead.
+
+    Its exceptions are raised in the place of the item; leaving the context closes it.
+    """
+    end = object()
+    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as thread:
+        waiting = deque(thread.submit(next, iterator, end) for _ in range(depth))
+
+        def items() -> Iterator[Any]:
+            while (item := waiting.popleft().result()) is not end:
+                waiting.append(thread.submit(next, iterator, end))
+                yield item
+
+        try:
+            yield items()
+        finally:
+            for future in waiting:
+                future.cancel()
+            thread.submit(iterator.close)

@@ -90,8 +90,8 @@ class Stage(Protocol):
         """Whether the note on a part is there."""
         ...
 
-    def make(self, number: int, progress: Progress) -> None:
-        """Does a part and writes its note in one piece; twice does no harm."""
+    def make(self, numbers: Sequence[int], progress: Progress) -> None:
+        """Does some parts and writes the note of each in one piece; twice does no harm."""
         ...
 
 
@@ -104,11 +104,10 @@ def complete(stage: Stage, job: Job) -> None:
     numbers = range(len(stage.sizes))
     mine = [number for number in numbers if job.mine(number)]
     with Progress(stage.label, sum(stage.sizes[number] for number in mine)) as progress:
-        for number in mine:
-            if stage.done(number):
-                progress.skip(stage.sizes[number])
-            else:
-                stage.make(number, progress)
+        missing = [number for number in mine if not stage.done(number)]
+        progress.skip(sum(stage.sizes[number] for number in set(mine) - set(missing)))
+        if missing:
+            stage.make(missing, progress)
     job.wait(stage.label, (number for number in numbers if not job.mine(number)), stage.done)
 
 

@@ -5,13 +5,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
-import jax
 import numpy as np
 
 from data_pipelines.settings import DTYPES, Settings
 from mmdit_jax import sharding
 from mmdit_jax.encoders import pixels
 from mmdit_jax.encoders.autoencoder import VAE
+from mmdit_jax.encoders.dispatched import Dispatched
 
 STATISTICS_PICTURES = 2048
 """Pictures, evenly spaced over the training split, that a shift and scale are measured on."""
@@ -30,8 +30,9 @@ class Autoencoder(Protocol):
         """Measures shift and scale; one that has its own reads no picture."""
         ...
 
-    def encode(self, pictures_BHWC: np.ndarray) -> np.ndarray:
-        """uint8 pictures -> what the record keeps, (B, H/f, W/f, C), or 2C for moments."""
+    def dispatch(self, pictures_BHWC: np.ndarray) -> Dispatched[np.ndarray]:
+        """uint8 pictures -> what fetches what the record keeps, (B, H/f, W/f, C), or 2C for
+        moments."""
         ...
 
     def describe(self) -> dict[str, Any]:
@@ -60,9 +61,10 @@ class Pixels:
         # Pictures of one single value have nothing to scale.
         self._shift, self._scale = mean, 1 / deviation if deviation > 0 else 1.0
 
-    def encode(self, pictures_BHWC: np.ndarray) -> np.ndarray:
-        """(B, R, R, 3) uint8 -> (B, R/f, R/f, 3 f^2) uint8."""
-        return pixels.space_to_depth(pictures_BHWC, self._factor)
+    def dispatch(self, pictures_BHWC: np.ndarray) -> Dispatched[np.ndarray]:
+        """(B, R, R, 3) uint8 -> (B, R/f, R/f, 3 f^2) uint8, at once."""
+        latents_BHWC = pixels.space_to_depth(pictures_BHWC, self._factor)
+        return Dispatched(latents_BHWC, lambda: latents_BHWC)
 
     def describe(self) -> dict[str, Any]:
         """The manifest's entry."""
@@ -121,8 +123,7 @@ def _vae(argument: str, settings: Settings) -> Autoencoder:
         argument,
         dtype=DTYPES[settings.autoencoder_dtype],
         batch_size=settings.batch_size,
-        # The devices of this process share every batch.
-        mesh=sharding.make_mesh(devices=jax.local_devices()),
+        mesh=sharding.local_mesh(),
     )
     if settings.resolution % autoencoder.config.factor:
         raise ValueError(

@@ -12,6 +12,7 @@ import numpy as np
 from data_pipelines import images
 from data_pipelines.filters import Rules
 from data_pipelines.samples import Rejected, Sample, Source
+from data_pipelines.stage_times import READ, RESIZE, StageTimes
 from mmdit_jax.data.buckets import nearest
 from mmdit_jax.data.manifest import Bucket
 
@@ -63,15 +64,23 @@ class Pictures:
         sizes: Sequence[Bucket],
         rules: Rules,
         window: int,
+        times: StageTimes | None = None,
     ):
-        """`window`: how many pictures are under way at once, which bounds the memory."""
+        """`window`: how many pictures are under way at once, which bounds the memory; `times`:
+        counts what preparing them takes."""
         self._source, self._pool, self._window = source, pool, window
         self._sizes, self._rules = sizes, rules
+        self._times = times or StageTimes()
 
     def at_size(self, size: Bucket) -> "Pictures":
         """The same pictures, all at one size."""
         return Pictures(
-            self._source, self._pool, sizes=(size,), rules=self._rules, window=self._window
+            self._source,
+            self._pool,
+            sizes=(size,),
+            rules=self._rules,
+            window=self._window,
+            times=self._times,
         )
 
     def checked(self, samples: Iterable[Sample]) -> Iterator[Checked | Rejected]:
@@ -102,19 +111,21 @@ class Pictures:
         bucket = self._sizes[item.bucket if len(self._sizes) > 1 else 0]
         target = bucket.height, bucket.width
         try:
-            data = self._source.read(item.sample)
-            sha256 = hashlib.sha256(data).hexdigest()
-            if item.sha256 and sha256 != item.sha256:
-                raise ValueError(
-                    f"{item.sample.name} changed while the data set was being built; "
-                    "leave the source alone and start again with --overwrite"
-                )
-            image, size, scale = images.decode(data, target)
-            self._rules.check_size(size)
+            with self._times.spent(READ):
+                data = self._source.read(item.sample)
+                sha256 = hashlib.sha256(data).hexdigest()
+                if item.sha256 and sha256 != item.sha256:
+                    raise ValueError(
+                        f"{item.sample.name} changed while the data set was being built; "
+                        "leave the source alone and start again with --overwrite"
+                    )
+                image, size, scale = images.decode(data, target)
+                self._rules.check_size(size)
         except Rejected as rejected:
             return rejected
-        crop = images.centre_crop(size, target)
-        return Picture(images.resize(image, crop, target, scale), size, crop, sha256)
+        with self._times.spent(RESIZE):
+            crop = images.centre_crop(size, target)
+            return Picture(images.resize(image, crop, target, scale), size, crop, sha256)
 
     def _in_order(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
         def several(some: list[Any]) -> list[Any]:

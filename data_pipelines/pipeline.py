@@ -1,9 +1,8 @@
 """The build from end to end: list, check, encode, write. `data_pipelines.build` is its command."""
 
-import dataclasses
 import functools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,31 +11,20 @@ import PIL
 from absl import logging
 
 from data_pipelines import drops
-from data_pipelines.captions import (
-    CaptionTable,
-    caption_bytes,
-    open_text_encoders,
-    recorded_path,
-)
+from data_pipelines.captions import open_text_encoders, recorded_path
 from data_pipelines.check import Splits, check
 from data_pipelines.deduplicate import Kept, drop_copies, drop_near
-from data_pipelines.encode import CODE_VERSION, Encoded, encode_samples, encoding_identity
+from data_pipelines.encode import CODE_VERSION
 from data_pipelines.job import complete
 from data_pipelines.latents import STATISTICS_PICTURES, Autoencoder, open_autoencoder
-from data_pipelines.pictures import Checked, Picture, Pictures
-from data_pipelines.progress import Progress
+from data_pipelines.pictures import Checked, Picture
 from data_pipelines.samples import Dropped
 from data_pipelines.settings import Settings
+from data_pipelines.shards import Networks, Shards, captions_of
 from data_pipelines.stages import Inputs, check_stage, embed_stage, open_inputs
-from data_pipelines.write import ENCODERS, SUFFIX, Finished, Output
+from data_pipelines.write import ENCODERS, Finished, Output
 from mmdit_jax.data.manifest import MANIFEST, Manifest
-from mmdit_jax.data.records import ShardWriter
 from mmdit_jax.encoders import text
-
-SHARD_BYTES = 512 << 20
-SHARD_RECORDS = 4096
-TABLE_BYTES = 1 << 30
-"""The outputs of all different captions are kept in memory if they fit in here."""
 
 
 def build(settings: Settings) -> Manifest:
@@ -113,16 +101,6 @@ def _refuse_nothing(splits: Splits, settings: Settings, output: Output) -> None:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Networks:
-    """The frozen networks, and how the manifest describes them."""
-
-    autoencoder: Autoencoder
-    encoders: Mapping[str, text.TextEncoder]
-    latents: Mapping[str, Any]
-    texts: Mapping[str, Mapping[str, Any]]
-
-
 def _encode_and_write(
     settings: Settings,
     output: Output,
@@ -131,7 +109,7 @@ def _encode_and_write(
     autoencoder: Autoencoder,
 ) -> Manifest:
     job, pictures = settings.job(), inputs.pictures
-    told = _captions(splits.items)
+    told = captions_of(splits.items)
     captions = list(dict.fromkeys(told))
     logging.info("loading the text encoders")
     built_in = output.path / ENCODERS
@@ -145,7 +123,7 @@ def _encode_and_write(
         autoencoder.fit(picture.pixels_HWC for picture in some if isinstance(picture, Picture))
 
     texts = {name: text.describe(encoder) for name, encoder in encoders.items()}
-    networks = _Networks(autoencoder, encoders, autoencoder.describe(), texts)
+    networks = Networks(autoencoder, encoders, autoencoder.describe(), texts)
     versions = {"code": CODE_VERSION, "jax": jax.__version__, "pillow": PIL.__version__}
     measured: Mapping[str, Any] = {}
     if not job.first:
@@ -157,9 +135,10 @@ def _encode_and_write(
     output.same_as_before("versions", versions, remedy)
     output.same_as_before("networks", described, remedy)
 
-    shards = _Shards(settings, output, splits, pictures, networks)
+    shards = Shards(settings, output, splits, pictures, networks, inputs.times)
     complete(shards, job)
     finished = shards.finished()
+    print(f"\n{inputs.times.table()}\n")
     if not job.first:
         _refuse_no_record(splits, finished, output)
         job.wait("manifest", [0], lambda _: (output.path / MANIFEST).exists())
@@ -184,103 +163,6 @@ def _encode_and_write(
     manifest = _manifest(settings, output, finished, networks, versions)
     output.save_manifest(manifest)
     return manifest
-
-
-class _Shards:
-    """The stage that encodes the pictures, a shard at a time (data_pipelines.job.Stage)."""
-
-    label = "encoding"
-
-    def __init__(
-        self,
-        settings: Settings,
-        output: Output,
-        splits: Splits,
-        pictures: Pictures,
-        networks: _Networks,
-    ):
-        encoders, told = networks.encoders, _captions(splits.items)
-        text_bytes = caption_bytes(encoders)
-        per_shard = settings.records_per_shard or _records_per_shard(
-            settings.resolution, networks.latents, text_bytes * len(told) / len(splits.items)
-        )
-        self._table = None
-        if len(set(told)) * text_bytes <= TABLE_BYTES:
-            self._table = CaptionTable(encoders, told, settings.batch_size)
-        self._identity = encoding_identity(networks.latents, networks.texts, settings.text_dtype)
-        self._batch_size, self._output, self._pictures = settings.batch_size, output, pictures
-        self._networks = networks
-        self._parts = [
-            (split, f"{split}-{number:05d}{SUFFIX}", part)
-            for split, items in (("train", splits.train), ("validation", splits.validation))
-            for number, part in enumerate(_parts(items, per_shard))
-        ]
-        self.sizes = [len(part) for _, _, part in self._parts]
-        self._finished: dict[int, Finished] = {}
-
-    def done(self, number: int) -> bool:
-        """Whether a shard and the note on it are there."""
-        note = self._output.read_shard_note(self._parts[number][1])
-        if note is not None:
-            self._finished[number] = note
-        return note is not None
-
-    def make(self, number: int, progress: Progress) -> None:
-        """Writes a shard."""
-        _, file, part = self._parts[number]
-        encoders, size = self._networks.encoders, self._batch_size
-        encoded = encode_samples(
-            part,
-            self._pictures,
-            self._networks.autoencoder,
-            self._table or CaptionTable(encoders, _captions(part), size),
-            identity=self._identity,
-            batch_size=size,
-        )
-        bucket = part[0].bucket
-        self._finished[number] = _write_shard(self._output, file, bucket, encoded, progress)
-
-    def finished(self) -> dict[str, list[Finished]]:
-        """What is known of every shard, by split, when all are done."""
-        found: dict[str, list[Finished]] = {"train": [], "validation": []}
-        for number, (split, _, _) in enumerate(self._parts):
-            found[split].append(self._finished[number])
-        return found
-
-
-def _parts(items: Sequence[Checked], per_shard: int) -> Iterator[list[Checked]]:
-    """The items of each shard: bucket by bucket, in order within a bucket."""
-    buckets: dict[int, list[Checked]] = {}
-    for item in items:
-        buckets.setdefault(item.bucket, []).append(item)
-    for _, same in sorted(buckets.items()):
-        yield from (same[start : start + per_shard] for start in range(0, len(same), per_shard))
-
-
-def _captions(items: Sequence[Checked]) -> list[str]:
-    return [caption.text for item in items for caption in item.sample.captions]
-
-
-def _write_shard(
-    output: Output, file: str, bucket: int, encoded: Iterable[Encoded], progress: Progress
-) -> Finished:
-    """Writes the records that there are, and then the note that the shard is finished."""
-    dropped, enlarged = [], 0
-    with ShardWriter(output.path, file, bucket=bucket) as writer:
-        for result in encoded:
-            if result.dropped:
-                dropped.append(list(result.dropped))
-            else:
-                writer.write(result.record)
-                enlarged += result.enlarged
-            progress.advance()
-    shard = writer.shard
-    if not shard.records:
-        (output.path / file).unlink()
-        shard = None
-    finished = Finished(shard, dropped, enlarged)
-    output.write_shard_note(file, finished)
-    return finished
 
 
 def _report(
@@ -322,7 +204,7 @@ def _manifest(
     settings: Settings,
     output: Output,
     finished: Mapping[str, Sequence[Finished]],
-    networks: _Networks,
+    networks: Networks,
     versions: Mapping[str, Any],
 ) -> Manifest:
     autoencoder = dict(networks.latents)
@@ -352,10 +234,3 @@ def _manifest(
         },
         build={"arguments": settings.arguments(), "versions": versions},
     )
-
-
-def _records_per_shard(resolution: int, latents: Mapping[str, Any], text_bytes: float) -> int:
-    """As many records as make a shard of about 512 MB, 4096 at most."""
-    values = latents["channels"] * (resolution // latents["factor"]) ** 2
-    size = {"pixels": 1, "mean": 4, "moments": 8}[latents["kind"]]  # bytes per latent value
-    return int(max(1, min(SHARD_RECORDS, SHARD_BYTES // (values * size + text_bytes))))

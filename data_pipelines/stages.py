@@ -19,6 +19,7 @@ from data_pipelines.progress import Progress
 from data_pipelines.samples import Options, Source
 from data_pipelines.settings import Settings
 from data_pipelines.sources import open_source
+from data_pipelines.stage_times import StageTimes
 from data_pipelines.write import BUILD, INDEX
 
 STAGES = ("checking", "embedding")
@@ -26,12 +27,13 @@ STAGES = ("checking", "embedding")
 
 
 class Inputs(NamedTuple):
-    """What the stages read; `notes` is the folder of their notes."""
+    """What the stages read; `notes` is the folder of their notes, `times` what they spend."""
 
     source: Source
     pictures: Pictures
     options: Options
     notes: Path
+    times: StageTimes
 
 
 def open_inputs(settings: Settings, pool: ThreadPoolExecutor) -> Inputs:
@@ -57,6 +59,7 @@ def open_inputs(settings: Settings, pool: ThreadPoolExecutor) -> Inputs:
         job=settings.job(),
     )
     source = open_source(settings.source, options)
+    times = StageTimes(settings.threads())
     pictures = Pictures(
         source,
         pool,
@@ -64,8 +67,9 @@ def open_inputs(settings: Settings, pool: ThreadPoolExecutor) -> Inputs:
         rules=rules,
         # Enough under way to keep the threads busy while a batch is encoded.
         window=settings.batch_size + 2 * TOGETHER * settings.threads(),
+        times=times,
     )
-    return Inputs(source, pictures, options, notes)
+    return Inputs(source, pictures, options, notes, times)
 
 
 def check_stage(inputs: Inputs) -> Check:
@@ -130,4 +134,4 @@ def make_part(settings: Settings, name: str, listing: str, number: int) -> None:
             "pipeline was started; let all of them see the same files under the same path"
         )
     if not stage.done(number):
-        stage.make(number, Progress(stage.label, stage.sizes[number]))
+        stage.make([number], Progress(stage.label, stage.sizes[number]))

@@ -25,7 +25,7 @@ def encoder_folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded_once():
-    """Compiling the encoders takes longer than every build here: load each set once."""
+    """Compiling the encoders takes longer than every build here: load each set once, unsplit."""
     load = functools.cache(
         lambda paths, lengths, dtype, batch_size: text_load(
             dict(paths), dict(lengths), dtype=dtype, batch_size=batch_size
@@ -36,7 +36,7 @@ def loaded_once():
         patch.setattr(
             text,
             "load_text_encoders",
-            lambda paths, lengths, *, dtype, batch_size: load(
+            lambda paths, lengths, *, dtype, batch_size, mesh=None: load(
                 tuple(paths.items()), tuple(lengths.items()), dtype, batch_size
             ),
         )

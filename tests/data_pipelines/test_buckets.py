@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines import pipeline
+from data_pipelines import pipeline, shards
 from mmdit_jax.data.loader import Loader
 from mmdit_jax.data.manifest import Bucket, Manifest
 from mmdit_jax.encoders.pixels import depth_to_space
@@ -93,14 +93,14 @@ def test_an_interrupted_build_ends_like_an_uninterrupted_one(bucketed, tmp_path,
     pipeline.build(bucketed(output=str(tmp_path / "whole")))
     with monkeypatch.context() as patch:
         left = iter(range(2))
-        write = pipeline._write_shard
+        write = shards._write_shard
 
         def interrupted(*arguments):
             if next(left, None) is None:
                 raise KeyboardInterrupt
             return write(*arguments)
 
-        patch.setattr(pipeline, "_write_shard", interrupted)
+        patch.setattr(shards, "_write_shard", interrupted)
         with pytest.raises(KeyboardInterrupt):
             pipeline.build(bucketed())
     pipeline.build(bucketed())

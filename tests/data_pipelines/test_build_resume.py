@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from data_pipelines import check, encode, pipeline, write
+from data_pipelines import check, encode, pipeline, shards, write
 from mmdit_jax.data.manifest import Manifest
 from mmdit_jax.data.records import ShardWriter
 from mmdit_jax.encoders import text
@@ -41,14 +41,14 @@ def after(calls, function):
 
 INTERRUPTIONS = {
     "while checking": (check, "write_json", interrupt),
-    "before the first shard": (pipeline, "_write_shard", interrupt),
+    "before the first shard": (shards, "_write_shard", interrupt),
     "in the second shard": (encode, "make_record", after(6, encode.make_record)),
     "between shard and note": (
         write.Output,
         "write_shard_note",
         after(1, write.Output.write_shard_note),
     ),
-    "before the validation split": (pipeline, "_write_shard", after(3, pipeline._write_shard)),
+    "before the validation split": (shards, "_write_shard", after(3, shards._write_shard)),
     "before the report": (pipeline, "_report", interrupt),
     "before the manifest": (write.Output, "save_manifest", interrupt),
 }
@@ -78,7 +78,7 @@ def test_an_interrupted_build_ends_like_an_uninterrupted_one(
 def test_finished_shards_are_not_made_again(settings, images, monkeypatch):
     ask = functools.partial(settings, source=f"folder:{images}", records_per_shard=4)
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_write_shard", after(2, pipeline._write_shard))
+        patch.setattr(shards, "_write_shard", after(2, shards._write_shard))
         with pytest.raises(KeyboardInterrupt):
             pipeline.build(ask())
     made = []
@@ -155,7 +155,7 @@ def test_a_mistake_before_any_work_does_not_occupy_the_folder(settings, images, 
 def test_a_source_that_changes_during_the_build_is_noticed(settings, images, monkeypatch):
     asked = settings(source=f"folder:{images}", records_per_shard=4)
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_write_shard", after(1, pipeline._write_shard))
+        patch.setattr(shards, "_write_shard", after(1, shards._write_shard))
         with pytest.raises(KeyboardInterrupt):
             pipeline.build(asked)
     (images / "00.txt").write_text("another caption")
@@ -172,7 +172,7 @@ def test_a_source_that_changes_during_the_build_is_noticed(settings, images, mon
 def test_networks_that_change_during_the_build_are_noticed(settings, monkeypatch):
     asked = settings(source="shapes", count=6, records_per_shard=4)
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_write_shard", after(1, pipeline._write_shard))
+        patch.setattr(shards, "_write_shard", after(1, shards._write_shard))
         with pytest.raises(KeyboardInterrupt):
             pipeline.build(asked)
     describe = text.describe

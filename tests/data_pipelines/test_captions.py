@@ -3,7 +3,9 @@ import pytest
 
 from data_pipelines.captions import CaptionTable
 from data_pipelines.samples import Rejected
+from data_pipelines.stage_times import StageTimes
 from mmdit_jax.encoders import text
+from mmdit_jax.encoders.dispatched import Dispatched
 
 
 @pytest.fixture
@@ -11,25 +13,30 @@ def calls(monkeypatch):
     """Encoders whose outputs depend on the place in the batch, as the last bits may in truth."""
     made = []
 
-    def encode(encoders, captions):
+    def dispatch(encoders, captions):
         made.append(list(captions))
         values = [float(caption) + place / 100 for place, caption in enumerate(captions)]
         sequence_BTD = np.array(values, np.float32)[:, None, None] * np.ones((1, 2, 3), np.float32)
-        return {"t5": {"sequence": sequence_BTD}}
+        return Dispatched(None, lambda: {"t5": {"sequence": sequence_BTD}})
 
-    monkeypatch.setattr(text, "encode", encode)
+    monkeypatch.setattr(text, "dispatch", dispatch)
     return made
+
+
+def ask(table, captions):
+    table.dispatch(captions, StageTimes())
+    return table.fields(captions)
 
 
 CAPTIONS = [str(number) for number in range(10)]
 
 
 def test_outputs_do_not_depend_on_what_was_asked_before(calls):
-    def ask(order):
+    def ask_all(order):
         table = CaptionTable({}, CAPTIONS + CAPTIONS[::-1], 4)
-        return {caption: table.fields([caption])["text/t5/sequence"] for caption in order}
+        return {caption: ask(table, [caption])["text/t5/sequence"] for caption in order}
 
-    forward, backward = ask(CAPTIONS), ask(CAPTIONS[::-1])
+    forward, backward = ask_all(CAPTIONS), ask_all(CAPTIONS[::-1])
     for caption in CAPTIONS:
         np.testing.assert_array_equal(forward[caption], backward[caption])
         assert int(forward[caption][0, 0, 0]) == int(caption)
@@ -38,12 +45,12 @@ def test_outputs_do_not_depend_on_what_was_asked_before(calls):
 def test_equal_captions_are_encoded_once_and_always_in_full_batches(calls):
     table = CaptionTable({}, CAPTIONS * 3, 4)
     for caption in CAPTIONS * 3:
-        table.fields([caption, CAPTIONS[0]])
+        ask(table, [caption, CAPTIONS[0]])
     assert calls == [["0", "1", "2", "3"], ["4", "5", "6", "7"], ["6", "7", "8", "9"]]
 
 
 def test_fewer_captions_than_a_batch_are_one_call(calls):
-    fields = CaptionTable({}, ["5", "7"], 4).fields(["7", "5", "7"])
+    fields = ask(CaptionTable({}, ["5", "7"], 4), ["7", "5", "7"])
     assert calls == [["5", "7"]]
     assert fields["text/t5/sequence"].shape == (3, 2, 3)
     assert fields["text/t5/sequence"].dtype == np.float16
@@ -52,6 +59,6 @@ def test_fewer_captions_than_a_batch_are_one_call(calls):
 
 def test_what_half_precision_cannot_hold_is_rejected_by_name(calls):
     table = CaptionTable({}, [*"123456", "70000"], 4)
-    table.fields(["1"])
+    ask(table, ["1"])
     with pytest.raises(Rejected, match="text/t5/sequence of '70000'"):
-        table.fields(["1", "70000"])
+        ask(table, ["1", "70000"])

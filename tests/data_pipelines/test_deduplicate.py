@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from data_pipelines import deduplicate, pipeline
+from data_pipelines import deduplicate, pipeline, shards
 from data_pipelines.deduplicate import near_duplicates
 from data_pipelines.embeddings import BITS, DEFAULT_BITS, open_embedding, phash
 
@@ -197,7 +197,7 @@ def test_embeddings_of_a_killed_build_are_not_computed_again(
     with pytest.raises(KeyboardInterrupt):
         pipeline.build(ask())
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_write_shard", None)
+        patch.setattr(shards, "_write_shard", None)
         with pytest.raises(TypeError):
             pipeline.build(ask())
     assert done[2:] == [["9.png"], ["9.png"]]

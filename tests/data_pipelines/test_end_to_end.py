@@ -112,7 +112,7 @@ pipeline.build(settings.Settings(**eval(sys.argv[1])))
 MOMENTS = {
     "while listing": ("sharded", ("write_json", 1)),
     "while checking": ("check", ("write_json", 1)),
-    "while writing": ("pipeline", ("_write_shard", 1)),
+    "while writing": ("pipeline", ("_write_shard", 2)),
 }
 
 
@@ -131,7 +131,8 @@ def test_a_build_from_tars_that_is_killed_three_times_loses_and_repeats_nothing(
         assert not (out / "manifest.json").exists() and not (out / "report.json").exists()
         progress = ("index/*.json", "checked/*.json", "train-*.json")
         seen.append([len(list(build.glob(pattern))) for pattern in progress])
-    assert seen == [[1, 0, 0], [3, 1, 0], [3, 3, 1]]
+    # The second shard may have got its note: a shard is closed while the next one is written.
+    assert seen in ([[1, 0, 0], [3, 1, 0], [3, 3, notes]] for notes in (1, 2))
     monkeypatch.setattr("data_pipelines.check.BLOCK", 16)
     pipeline.build(asked)
     check_result(asked.output, kept, lost, records, dropped)

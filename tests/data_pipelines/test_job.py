@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from data_pipelines import check, deduplicate, pipeline, tars, write
+from data_pipelines import check, deduplicate, pipeline, shards, tars, write
 from data_pipelines.job import Job, PeerLost, from_environment
 from tests.data_pipelines.making import picture, write_tar
 
@@ -69,7 +69,7 @@ def alone(asked, tmp_path, tree):
 
 def test_three_processes_write_what_one_writes(asked, tmp_path, tree, monkeypatch):
     whole, made = alone(asked, tmp_path, tree), []
-    write_shard = pipeline._write_shard
+    write_shard = shards._write_shard
     monkeypatch.setattr(
         pipeline,
         "_write_shard",
@@ -84,7 +84,7 @@ def test_three_processes_write_what_one_writes(asked, tmp_path, tree, monkeypatc
 @pytest.mark.parametrize("dead", [0, 1])
 def test_one_process_ends_what_two_began(dead, asked, tmp_path, tree, monkeypatch):
     whole = alone(asked, tmp_path, tree)
-    write_shard, made = pipeline._write_shard, []
+    write_shard, made = shards._write_shard, []
 
     def die(output, file, *rest):
         if threading.current_thread().name == "dead" and made:
@@ -92,7 +92,7 @@ def test_one_process_ends_what_two_began(dead, asked, tmp_path, tree, monkeypatc
         made.append(file)
         return write_shard(output, file, *rest)
 
-    monkeypatch.setattr(pipeline, "_write_shard", die)
+    monkeypatch.setattr(shards, "_write_shard", die)
     outcomes = {}
 
     def one(process):

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines import encode, pipeline
+from data_pipelines import encode, pipeline, shards
 from data_pipelines.latents import Pixels
 from data_pipelines.pictures import Picture
 from data_pipelines.samples import Caption, Sample
 from mmdit_jax.data import shapes
 from mmdit_jax.encoders import pixels, text
+from mmdit_jax.encoders.dispatched import Dispatched
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -128,9 +129,9 @@ def test_a_latent_that_is_not_finite_is_dropped_and_reported(settings, monkeypat
     def broken(self, pictures_BHWC):
         latents = pictures_BHWC.astype(np.float32)
         latents[0, 0, 0, 0] = np.nan
-        return latents
+        return Dispatched(latents, lambda: latents)
 
-    monkeypatch.setattr(Pixels, "encode", broken)
+    monkeypatch.setattr(Pixels, "dispatch", broken)
     asked = settings(source="shapes", count=8, validation_count=1, records_per_shard=4)
     manifest = pipeline.build(asked)  # batches of 4: the first of each is broken
     assert [shard.records for shard in manifest.splits["train"]] == [3, 3]
@@ -140,7 +141,10 @@ def test_a_latent_that_is_not_finite_is_dropped_and_reported(settings, monkeypat
 
 
 def test_a_build_that_keeps_nothing_leaves_no_manifest(settings, monkeypatch):
-    monkeypatch.setattr(Pixels, "encode", lambda self, x: np.full(x.shape, np.nan, np.float32))
+    def nothing(self, x):
+        return Dispatched(None, lambda: np.full(x.shape, np.nan, np.float32))
+
+    monkeypatch.setattr(Pixels, "dispatch", nothing)
     asked = settings(source="shapes", count=4)
     with pytest.raises(ValueError, match="none of 4 training pictures could be encoded"):
         pipeline.build(asked)
@@ -152,7 +156,7 @@ def test_the_result_does_not_depend_on_how_captions_are_kept(
 ):
     ask = functools.partial(settings, source="shapes", count=30, records_per_shard=10)
     pipeline.build(ask())
-    monkeypatch.setattr(pipeline, "TABLE_BYTES", 0)  # one table per shard
+    monkeypatch.setattr(shards, "TABLE_BYTES", 0)  # one table per shard
     pipeline.build(ask(output=str(tmp_path / "small")))
     for ours, theirs in zip(records(ask().output), records(tmp_path / "small"), strict=True):
         for field in ours:

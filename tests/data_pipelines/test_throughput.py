@@ -10,11 +10,12 @@ import pytest
 from PIL import Image
 
 from data_pipelines import images
-from data_pipelines.encode import encode_samples
+from data_pipelines.encode import encode_shards
 from data_pipelines.filters import Rules
 from data_pipelines.latents import Pixels
 from data_pipelines.pictures import TOGETHER, Checked, Pictures
 from data_pipelines.samples import Caption, Sample
+from data_pipelines.stage_times import WRITE, StageTimes
 from mmdit_jax.data.manifest import Bucket
 from mmdit_jax.data.records import ShardWriter
 
@@ -32,6 +33,9 @@ class Memory:
 
 
 class NoCaptions:
+    def dispatch(self, captions, times):
+        return []
+
     def fields(self, captions):
         return {}
 
@@ -68,15 +72,25 @@ def whole(files, pool, workers, folder):
     """The build's stages from the bytes of a file to a finished shard."""
     rules, sizes = Rules(), (Bucket(RESOLUTION, RESOLUTION),)
     window = 64 + 2 * TOGETHER * workers
-    pictures = Pictures(Memory(files), pool, sizes=sizes, rules=rules, window=window)
+    times = StageTimes(workers)
+    pictures = Pictures(Memory(files), pool, sizes=sizes, rules=rules, window=window, times=times)
     caption = (Caption("a picture", "original"),)
     items = [Checked(Sample(str(number), caption)) for number in range(len(files))]
-    with ShardWriter(folder, "train-00000.arrayrecord") as writer:
-        for result in encode_samples(
-            items, pictures, Pixels(1), NoCaptions(), identity="", batch_size=64
-        ):
-            writer.write(result.record)
+    with times, ShardWriter(folder, "train-00000.arrayrecord") as writer:
+        (results,) = encode_shards(
+            [items],
+            pictures,
+            Pixels(1),
+            lambda part: NoCaptions(),
+            times,
+            identity="",
+            batch_size=64,
+        )
+        for result in results:
+            with times.spent(WRITE):
+                writer.write(result.record)
     assert writer.shard.records == len(files)
+    return times.table()
 
 
 @pytest.mark.slow

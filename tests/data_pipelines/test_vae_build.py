@@ -94,7 +94,7 @@ def test_other_weights_do_not_continue_a_build(asked, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_write_shards", killed)
+        patch.setattr(pipeline, "complete", killed)
         with pytest.raises(KeyboardInterrupt):
             pipeline.build(asked(autoencoder=f"vae:{folder}"))
     weights = folder / "diffusion_pytorch_model.safetensors"
@@ -155,7 +155,7 @@ def test_a_resolution_without_whole_latents_is_refused(asked, tmp_path, monkeypa
     for name in ("down_block_types", "up_block_types"):
         config[name] = config[name][:1] * 6
     (tmp_path / "config.json").write_text(json.dumps(config | {"block_out_channels": [4] * 6}))
-    monkeypatch.setattr(vae.hf_folder, "load_params", lambda *arguments, dtype: {})
+    monkeypatch.setattr(vae.hf_folder, "load_params", lambda *arguments, dtype, mesh: {})
     with pytest.raises(ValueError, match="--resolution=16 is no multiple of the factor 32"):
         pipeline.build(asked(autoencoder=f"vae:{tmp_path}"))
     assert not os.path.exists(os.path.join(asked().output, "manifest.json"))
