@@ -1,7 +1,7 @@
 """The text tower of CLIP (Radford et al. 2021), as SD3 uses it (SD3 paper, App. B.2).
 
 Reads the folders of transformers' CLIPTextModel and CLIPTextModelWithProjection. Nothing here is
-trained: parameters carry no logical axes.
+trained: parameters carry no logical axes (`sharding.frozen_shardings`). Blocks run under one scan.
 """
 
 import dataclasses
