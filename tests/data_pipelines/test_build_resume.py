@@ -83,7 +83,7 @@ def test_finished_shards_are_not_made_again(settings, images, monkeypatch):
             pipeline.build(ask())
     made = []
     monkeypatch.setattr(
-        pipeline,
+        shards,
         "ShardWriter",
         lambda path, file, bucket: made.append(file) or ShardWriter(path, file, bucket=bucket),
     )

@@ -94,7 +94,7 @@ def check_result(output, kept, lost, records, dropped):
 
 KILLED = """
 import os, signal, sys
-from data_pipelines import check, pipeline, settings, sharded
+from data_pipelines import check, pipeline, settings, sharded, shards
 from mmdit_jax.data import records
 
 check.BLOCK, sharded.THREADS = 16, 1
@@ -105,14 +105,14 @@ def die(module, name, call):
             os.kill(os.getpid(), signal.SIGKILL)
         return function(*arguments, **keywords)
     setattr(module, name, dying)
-die({"sharded": sharded, "check": check, "pipeline": pipeline}[sys.argv[2]], *eval(sys.argv[3]))
+die({"sharded": sharded, "check": check, "shards": shards}[sys.argv[2]], *eval(sys.argv[3]))
 pipeline.build(settings.Settings(**eval(sys.argv[1])))
 """
 
 MOMENTS = {
     "while listing": ("sharded", ("write_json", 1)),
     "while checking": ("check", ("write_json", 1)),
-    "while writing": ("pipeline", ("_write_shard", 2)),
+    "while writing": ("shards", ("_write_shard", 2)),
 }
 
 

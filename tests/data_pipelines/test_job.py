@@ -12,7 +12,7 @@ import pytest
 
 from data_pipelines import check, deduplicate, pipeline, shards, tars, write
 from data_pipelines.job import Job, PeerLost, from_environment
-from tests.data_pipelines.making import picture, write_tar
+from tests.data_pipelines.making import OPTIONS, picture, write_tar
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -71,7 +71,7 @@ def test_three_processes_write_what_one_writes(asked, tmp_path, tree, monkeypatc
     whole, made = alone(asked, tmp_path, tree), []
     write_shard = shards._write_shard
     monkeypatch.setattr(
-        pipeline,
+        shards,
         "_write_shard",
         lambda o, file, *rest: made.append(file) or write_shard(o, file, *rest),
     )
@@ -116,28 +116,34 @@ def test_one_process_ends_what_two_began(dead, asked, tmp_path, tree, monkeypatc
     assert len(made) == len(set(made))  # no shard was made by both, or again
 
 
-def test_tar_files_are_listed_by_one_process_each(settings, tmp_path, tree, monkeypatch):
+def test_tar_files_are_listed_by_one_process_each(tmp_path, monkeypatch):
     for shard in range(4):
-        members = [
-            (f"{n}{end}", data)
-            for n in range(3)
-            for end, data in ((".png", picture(40 * shard + n)), (".txt", b"a grey one"))
-        ]
+        members = [(f"{shard}.png", picture(shard)), (f"{shard}.txt", b"a grey one")]
         write_tar(tmp_path / "tars" / f"{shard}.tar", members)
-    broken = tmp_path / "tars" / "broken.tar"
-    broken.write_bytes(b"not a tar file" * 100)
-    asked = settings(source=f"webdataset:{tmp_path}/tars/*.tar")
-    whole = alone(asked, tmp_path, tree)
+    (tmp_path / "tars" / "broken.tar").mkdir()
     read_index, listed = tars.read_index, []
     monkeypatch.setattr(
         tars, "read_index", lambda path, *rest: listed.append(path) or read_index(path, *rest)
     )
-    outcomes = build_together(asked, 2)
-    assert outcomes[0] == outcomes[1], outcomes
-    assert files(tree, asked.output) == whole
-    assert sorted(p for p in listed if p != str(broken)) == [
-        str(tmp_path / "tars" / f"{shard}.tar") for shard in range(4)
-    ]
+    paths = sorted(str(path) for path in (tmp_path / "tars").iterdir())
+    monkeypatch.setattr(tars, "find_files", lambda *_: paths)
+
+    def opened(processes, process, index="shared"):
+        listed.clear()
+        job = Job(processes, process, wait_s=0.0)
+        options = dataclasses.replace(OPTIONS, index=str(tmp_path / index), job=job)
+        found = tars.Tars("", options)
+        return found.samples, found.dropped
+
+    whole = opened(1, 0, "alone")
+    with pytest.raises(PeerLost, match="listing: 3 missing, of process 0 of 2"):
+        opened(2, 1)
+    assert sorted(listed) == [paths[1], paths[3]]
+    assert opened(2, 0) == whole
+    # What could not be read is looked at again, by each of them.
+    assert {paths[0], paths[2]} == set(listed) - {paths[4]}
+    assert opened(2, 1) == whole
+    assert set(listed) <= {paths[4]}
 
 
 def test_a_wait_ends_when_nothing_new_came_not_after_a_fixed_time():

@@ -8,12 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from data_pipelines import stages
+from data_pipelines import stage_times
 from data_pipelines.encode import AHEAD, encode_shards, run_ahead
 from data_pipelines.images import Box
 from data_pipelines.pictures import Checked, Picture
 from data_pipelines.samples import Sample
-from data_pipelines.stages import LATENTS, READ, RESIZE, TEXT, StageTimes
+from data_pipelines.stage_times import LATENTS, READ, RESIZE, TEXT, StageTimes
 from mmdit_jax.encoders.dispatched import Dispatched
 
 
@@ -106,9 +106,9 @@ def clock(monkeypatch):
     def ready(arrays):
         now[0] = max(now[0], arrays.second)
 
-    monkeypatch.setattr(stages.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(stages.jax, "block_until_ready", ready)
-    monkeypatch.setattr(stages.jax, "Array", Result)
+    monkeypatch.setattr(stage_times.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(stage_times.jax, "block_until_ready", ready)
+    monkeypatch.setattr(stage_times.jax, "Array", Result)
     return now
 
 
