@@ -35,6 +35,7 @@ from data_pipelines.settings import Settings
 from mmdit_jax import command
 from mmdit_jax import config as config_lib
 from mmdit_jax.data.manifest import Manifest
+from mmdit_jax.encoders.storage import PRECISIONS
 
 flags.DEFINE_string(
     "source",
@@ -146,6 +147,19 @@ flags.DEFINE_integer("text_length", 77, "Tokens per caption of every text encode
 flags.DEFINE_integer("clip_length", 0, "Tokens of the two CLIPs, if another number.")
 flags.DEFINE_integer("t5_length", 0, "Tokens of T5, if another number.")
 flags.DEFINE_string("text_dtype", "float32", "Of the text encoders: float32 or bfloat16.")
+flags.DEFINE_enum(
+    "text_storage",
+    "full",
+    config_lib.TEXT_STORAGES,
+    "Tokens of a caption that are kept: full (all, padding too: SD3) or trimmed (the valid ones; "
+    "padding is zeros in training and sampling: fewer bytes, and another model).",
+)
+flags.DEFINE_enum(
+    "text_precision",
+    "float16",
+    list(PRECISIONS),
+    "Of the text encoders' states: float16, or int8 or fp8 with a scale per token.",
+)
 flags.DEFINE_integer("batch_size", 64, "Pictures and captions per call of a network.")
 flags.DEFINE_integer(
     "records_per_shard", 0, "0 is what makes about 512 MB, at most 4096 (each file is one shard)."
@@ -208,6 +222,7 @@ def train_command(settings: Settings, manifest: Manifest) -> str:
         ("data.kind", config.data.kind, latents["kind"]),
         ("data.factor", config.data.factor, latents["factor"]),
         ("model.channels", config.model.channels, latents["channels"]),
+        ("data.text_storage", config.data.text_storage, manifest.text_storage),
     ):
         if value != default:
             overrides.append(f"--config.{name}={value}")

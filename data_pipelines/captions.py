@@ -13,7 +13,7 @@ from data_pipelines.samples import Rejected
 from data_pipelines.settings import DTYPES, Settings
 from data_pipelines.stage_times import TEXT, StageTimes
 from mmdit_jax import sharding
-from mmdit_jax.encoders import text
+from mmdit_jax.encoders import storage, text
 from mmdit_jax.encoders.dispatched import Dispatched
 
 FETCHED = Dispatched(None, dict)
@@ -66,12 +66,22 @@ class CaptionTable:
     A caption always stands in the same place of the same block of `block` captions, whatever is
     asked for first: on an accelerator the last bits of a row may depend on its place in the batch,
     and a resumed build asks in another order than an uninterrupted one.
+
+    With `trimmed` a record gets the valid tokens only; `precision` is one of
+    `mmdit_jax.encoders.storage.PRECISIONS`.
     """
 
     def __init__(
-        self, encoders: Mapping[str, text.TextEncoder], captions: Iterable[str], block: int
+        self,
+        encoders: Mapping[str, text.TextEncoder],
+        captions: Iterable[str],
+        block: int,
+        *,
+        trimmed: bool = False,
+        precision: str = "float16",
     ):
         self._encoders, self._block = encoders, block
+        self._trimmed, self._precision = trimmed, precision
         self._captions = list(dict.fromkeys(captions))
         self._place = {caption: index for index, caption in enumerate(self._captions)}
         self._outputs: dict[int, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
@@ -83,7 +93,9 @@ class CaptionTable:
         for number in dict.fromkeys(self._place[caption] // self._block for caption in captions):
             if number not in self._started:
                 block = self._captions[self._first(number) :][: self._block]
-                dispatch = functools.partial(text.dispatch, self._encoders, block)
+                dispatch = functools.partial(
+                    text.dispatch, self._encoders, block, trimmed=self._trimmed
+                )
                 started.append(times.dispatched(TEXT, len(block), len(block), dispatch))
                 self._started[number] = started[-1]
         return started
@@ -93,15 +105,15 @@ class CaptionTable:
         return max(0, min(number * self._block, len(self._captions) - self._block))
 
     def fields(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
-        """The record's "text/<name>/sequence" (n, T, W) float16 and "/pooled" (n, V) float32.
+        """The record's "text/<name>/sequence" and what belongs to it (mmdit_jax.data.records).
 
         The captions were dispatched.
 
         Raises:
           Rejected: "non_finite".
         """
-        fields: dict[str, np.ndarray] = {}
-        for index, caption in enumerate(captions):
+        found: dict[str, list[np.ndarray]] = {}
+        for caption in captions:
             place = self._place[caption]
             number = place // self._block
             start = self._first(number)
@@ -111,11 +123,18 @@ class CaptionTable:
             for field, (rows, finite_B) in self._outputs[number].items():
                 if not finite_B[place - start]:
                     raise Rejected("non_finite", f"NaN or infinity in {field} of {caption!r}")
-                row = rows[place - start]
-                if index == 0:
-                    fields[field] = np.empty((len(captions), *row.shape), row.dtype)
-                fields[field][index] = row
-        return fields
+                found.setdefault(field, []).append(rows[place - start])
+        return {field: self._join(field, rows, found) for field, rows in found.items()}
+
+    def _join(
+        self, field: str, rows: Sequence[np.ndarray], found: Mapping[str, Sequence[np.ndarray]]
+    ) -> np.ndarray:
+        """The captions of one field: one above the other, or their valid tokens in a row."""
+        prefix, _, kind = field.rpartition("/")
+        if not self._trimmed or kind not in ("sequence", "scale"):
+            return np.stack(rows)
+        lengths = found[f"{prefix}/length"]
+        return np.concatenate([row[:length] for row, length in zip(rows, lengths, strict=True)])
 
     def _to_fields(
         self, encoded: Mapping[str, Mapping[str, np.ndarray]]
@@ -123,19 +142,18 @@ class CaptionTable:
         """Record field -> the captions' outputs, and which of them are finite."""
         fields = {}
         for name, outputs in encoded.items():
-            for kind, values in outputs.items():
-                # The paper (App. E.1) saves sequences in half precision; pooled vectors stay full.
-                dtype = np.float16 if kind == "sequence" else np.float32
-                with np.errstate(over="ignore"):
-                    rows = values.astype(dtype)
+            # The paper (App. E.1) saves sequences in half precision; pooled vectors stay full.
+            stored = storage.store(outputs["sequence"], self._precision)
+            for kind, rows in {**outputs, **stored}.items():
                 finite_B = np.isfinite(rows).all(tuple(range(1, rows.ndim)))
                 fields[f"text/{name}/{kind}"] = rows, finite_B
         return fields
 
 
-def caption_bytes(encoders: Mapping[str, text.TextEncoder]) -> int:
-    """Bytes that one caption takes in a record."""
+def caption_bytes(encoders: Mapping[str, text.TextEncoder], precision: str = "float16") -> int:
+    """Bytes that one caption takes in a record, at most: trimmed ones take less."""
+    value, scale = storage.PRECISIONS[precision].itemsize, 4 * (precision in storage.LARGEST)
     return sum(
-        2 * encoder.length * encoder.width + 4 * (encoder.pooled_width or 0)
+        encoder.length * (value * encoder.width + scale) + 4 * (encoder.pooled_width or 0)
         for encoder in encoders.values()
     )

@@ -33,13 +33,20 @@ AHEAD = 2
 
 
 def encoding_identity(
-    autoencoder: Mapping[str, Any], text_encoders: Mapping[str, Mapping[str, Any]], text_dtype: str
+    autoencoder: Mapping[str, Any],
+    text_encoders: Mapping[str, Mapping[str, Any]],
+    text_dtype: str,
+    text_storage: str = "full",
+    text_precision: str = "float16",
 ) -> str:
     """What the networks contribute to a content key; arguments as the manifest describes them."""
     texts = {name: [entry["hash"], entry["length"]] for name, entry in text_encoders.items()}
     # Pixels are not computed in any dtype.
     latents = [autoencoder[name] for name in ("hash", "dtype") if name in autoencoder]
-    return json.dumps([*latents, texts, text_dtype, CODE_VERSION])
+    stored = [text_storage, text_precision]
+    # Keys stay what they were before there was a choice.
+    chosen = [] if stored == ["full", "float16"] else stored
+    return json.dumps([*latents, texts, text_dtype, CODE_VERSION, *chosen])
 
 
 def content_key(picture: Picture, sample: Sample, identity: str) -> str:

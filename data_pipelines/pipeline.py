@@ -228,6 +228,8 @@ def _manifest(
         text_encoders=text_encoders,
         resolution=settings.resolution,
         source=settings.source,
+        text_storage=settings.text_storage,
+        text_precision=settings.text_precision,
         caption_mix={
             "original": 1 - settings.synthetic_fraction,
             "synthetic": settings.synthetic_fraction,

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 from data_pipelines.embeddings import PHASH, Embedding, open_embedding
 from data_pipelines.filters import Rules
 from data_pipelines.job import WAIT_S, Job
+from mmdit_jax.config import TEXT_STORAGES
 from mmdit_jax.data.buckets import aspect_buckets
 from mmdit_jax.data.manifest import Bucket
+from mmdit_jax.encoders.storage import PRECISIONS
 
 BUCKETS = ("square", "aspect")
 LONGEST = 4.0  # aspect of the longest bucket, if --max_aspect does not say; SDXL's
@@ -54,6 +56,8 @@ class Settings:
     clip_length: int = 0
     t5_length: int = 0
     text_dtype: str = "float32"
+    text_storage: str = "full"
+    text_precision: str = "float16"
     batch_size: int = 64
     records_per_shard: int = 0
     workers: int = 0
@@ -67,6 +71,10 @@ class Settings:
         given = dataclasses.asdict(self)
         for name in ("output", "workers", "num_processes", "process_id", "wait_s", "overwrite"):
             del given[name]
+        for name in ("text_storage", "text_precision"):
+            # Builds that were begun before there was a choice have the defaults, and go on.
+            if given[name] == getattr(type(self), name):
+                del given[name]
         return given
 
     def job(self) -> Job:
@@ -76,6 +84,10 @@ class Settings:
     def threads(self) -> int:
         """Threads that read and decode."""
         return self.workers or min(32, os.cpu_count() or 1)
+
+    def text_table(self) -> dict[str, Any]:
+        """How `CaptionTable` writes text."""
+        return {"trimmed": self.text_storage == "trimmed", "precision": self.text_precision}
 
     def lengths(self) -> dict[str, int]:
         """Text encoder -> tokens per caption."""
@@ -157,6 +169,11 @@ class Settings:
             if getattr(self, name) not in DTYPES:
                 raise ValueError(
                     f"--{name}={getattr(self, name)} is unknown; use {' or '.join(DTYPES)}"
+                )
+        for name, known in (("text_storage", TEXT_STORAGES), ("text_precision", PRECISIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"--{name}={getattr(self, name)} is unknown; use {', '.join(known)}"
                 )
         missing = [f"--{name}" for name, path in self.text_paths().items() if not path]
         if missing:

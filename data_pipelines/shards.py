@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -50,14 +51,23 @@ class Shards:
     ):
         """`times`: counts what is spent on it."""
         encoders, told = networks.encoders, captions_of(splits.items)
-        text_bytes = caption_bytes(encoders)
+        text_bytes = caption_bytes(encoders, settings.text_precision)
         per_shard = settings.records_per_shard or _records_per_shard(
             settings.resolution, networks.latents, text_bytes * len(told) / len(splits.items)
         )
+        self._make_table = functools.partial(
+            CaptionTable, encoders, block=settings.batch_size, **settings.text_table()
+        )
         self._table = None
         if len(set(told)) * text_bytes <= TABLE_BYTES:
-            self._table = CaptionTable(encoders, told, settings.batch_size)
-        self._identity = encoding_identity(networks.latents, networks.texts, settings.text_dtype)
+            self._table = self._make_table(told)
+        self._identity = encoding_identity(
+            networks.latents,
+            networks.texts,
+            settings.text_dtype,
+            settings.text_storage,
+            settings.text_precision,
+        )
         self._batch_size, self._output, self._pictures = settings.batch_size, output, pictures
         self._networks, self._times = networks, times
         self._parts = [
@@ -106,9 +116,7 @@ class Shards:
             self._finished[number] = shard.result()
 
     def _captions(self, part: Sequence[Checked]) -> CaptionTable:
-        if self._table is not None:
-            return self._table
-        return CaptionTable(self._networks.encoders, captions_of(part), self._batch_size)
+        return self._table or self._make_table(captions_of(part))
 
     def finished(self) -> dict[str, list[Finished]]:
         """What is known of every shard, by split, when all are done."""

@@ -30,6 +30,7 @@ class Statistics:
       report: the content of report.json, {} if there is none.
       bytes: of all shards.
       buckets: "HxW" -> split -> records.
+      text_bytes: of the text of a record, mean.
       read: records that the following was computed from.
       captions: kind -> how many a record has on average.
       lengths: "words" and each text encoder -> that length of every caption that was read.
@@ -42,6 +43,7 @@ class Statistics:
     report: Mapping[str, Any]
     bytes: int
     buckets: Mapping[str, Mapping[str, int]]
+    text_bytes: float
     read: int
     captions: Mapping[str, float]
     lengths: Mapping[str, np.ndarray]
@@ -78,10 +80,11 @@ def gather(directory: Path, samples: int) -> Statistics:
             bucket = manifest.buckets[shard.bucket]
             place = buckets.setdefault(str(bucket), Counter())
             place[split] += shard.records
-    captions, kinds, read = [], Counter(), 0
+    captions, kinds, read, text_bytes = [], Counter(), 0, 0
     count, sums, squares = 0, np.zeros(()), np.zeros(())
     for record in _records(directory, manifest, samples):
         read += 1
+        text_bytes += sum(record[field].nbytes for field in record if field.startswith("text/"))
         captions += record["captions"]
         kinds.update(record["caption_kinds"])
         x0_NC = _x0(record, manifest).reshape(-1, manifest.autoencoder["channels"])
@@ -100,6 +103,7 @@ def gather(directory: Path, samples: int) -> Statistics:
         json.loads(report.read_text(encoding="utf-8")) if report.exists() else {},
         sum(shard.bytes for shard in _shards(manifest)),
         buckets,
+        text_bytes / read,
         read,
         {kind: kinds[kind] / read for kind in sorted(kinds)},
         lengths,
@@ -166,6 +170,10 @@ def describe(statistics: Statistics) -> str:
         held = ", ".join(f"{count:,} {split}" for split, count in splits.items())
         lines.append(f"size      {size}: {held}")
     lines.append(f"the rest is of {statistics.read:,} records, evenly spaced")
+    lines.append(
+        f"text      {manifest.text_storage}, {manifest.text_precision}, "
+        f"{statistics.text_bytes:,.0f} bytes per sample"
+    )
     for kind, mean in statistics.captions.items():
         lines.append(f"captions  {mean:.2f} {kind} per picture")
     for name, values in statistics.lengths.items():

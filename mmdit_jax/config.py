@@ -18,6 +18,7 @@ SCHEDULES = ("constant", "linear", "cosine", "wsd")
 OPTIMIZERS = ("adamw", "muon")
 DTYPES = ("auto", "float32", "bfloat16")
 WEIGHTS = ("ema", "raw")
+TEXT_STORAGES = ("full", "trimmed")
 
 
 def parse_argument(argument: str | None, **defaults: Any) -> Config:
@@ -95,6 +96,7 @@ def default(*, depth: int = 24, resolution: int = 256, text_length: int = 77) ->
                     "clip_g": text_encoder(text_length, 1280, 1280),
                     "t5": text_encoder(text_length, 4096, 0),
                 },
+                "text_storage": "full",  # trimmed: the padding of a caption is zeros, not states
                 "dropout": 0.464,  # of each encoder, independently (B.3): 10 % unconditional
                 "dropout_all": 0.0,  # of all encoders of a sample at once, besides
                 "threads": 8,
@@ -315,6 +317,10 @@ def validate(config: Config) -> None:
     )
     for name in ("dropout", "dropout_all"):
         need(0 <= data[name] < 1, f"data.{name}={data[name]} must be in [0, 1)")
+    need(
+        data.text_storage in TEXT_STORAGES,
+        f"data.text_storage={data.text_storage!r} must be one of {', '.join(TEXT_STORAGES)}",
+    )
     at_least("data.threads", data.threads, 1)
     need(
         data.batch_multiple >= 0 and config.batch_size % (data.batch_multiple or 1) == 0,

@@ -24,7 +24,11 @@ from mmdit_jax.data.manifest import Bucket, Manifest
 from mmdit_jax.encoders import autoencoder as autoencoder_lib
 from mmdit_jax.encoders import pixels
 from mmdit_jax.encoders.conditioning import assemble, drop_mask
-from mmdit_jax.encoders.text import encode, load_text_encoders, require_recorded
+from mmdit_jax.encoders.text import (
+    encode,
+    load_text_encoders,
+    require_recorded,
+)
 from mmdit_jax.evaluation.sampling import Sampler, SampleSettings
 from mmdit_jax.evaluation.validation import Validation
 from mmdit_jax.flow import formulation as formulation_lib
@@ -86,6 +90,7 @@ def expected_data(config: Config) -> dict[str, Any]:
             name: {key: value for key, value in encoder.items() if value}
             for name, encoder in config.data.text_encoders.items()
         },
+        "text_storage": config.data.text_storage,
     }
 
 
@@ -195,7 +200,8 @@ def make_text_encoder(
         lengths[name] = int(about["length"])
     encoders = load_text_encoders(folders, lengths, mesh=sharding.local_mesh())
     require_recorded(encoders, manifest.text_encoders)
-    return functools.partial(encode, encoders)
+    trimmed = config.data.text_storage == "trimmed"
+    return functools.partial(encode, encoders, trimmed=trimmed)
 
 
 def make_decoder(

@@ -114,6 +114,7 @@ def main(argv: list[str]) -> int:
         "resolution": config.data.resolution,
         "height": int(pictures.shape[1]),
         "width": int(pictures.shape[2]),
+        "text_storage": config.data.text_storage,
         "model": config.model.to_dict(),
         "flow": config.flow.to_dict(),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",

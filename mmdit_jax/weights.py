@@ -135,6 +135,7 @@ def run_of(sizes: Sizes, data: str) -> tuple[Config, Manifest | None]:
             resolution=manifest.resolution,
             factor=manifest.autoencoder["factor"],
             kind=manifest.autoencoder["kind"],
+            text_storage=manifest.text_storage,
         )
         for name, about in manifest.text_encoders.items():
             config.data.text_encoders[name].update(

@@ -1,8 +1,10 @@
 """From shards to global batches: grain threads read ahead, every host reads only its own rows.
 
 A batch is `{"latent": (B, H, W, C), "text": {name: {"sequence": (B, T, width), "pooled": (B,
-V)}}}`, with one caption per sample, in the dtypes of the shards. Padding and joining of text happen
-on the device. All samples of a batch are of one bucket, so B, H and W may differ between batches.
+V)}}}`, with one caption per sample, in the dtypes of the shards; text of 8 bits also has its
+"scale" (B, T), and trimmed text the "length" (B,) up to which its sequence is filled. Scaling,
+padding and joining of text happen on the device. All samples of a batch are of one bucket, so B, H
+and W may differ between batches.
 """
 
 import itertools
@@ -21,6 +23,7 @@ from mmdit_jax.data.records import ShardReader, decode_record
 
 # A run ends by its step count; grain wants a length.
 _STEPS = 1 << 62
+_OF_TOKENS = ("/sequence", "/scale")
 
 
 class Loader:
@@ -85,6 +88,12 @@ class Loader:
         self._seed, self._earlier = seed, tuple(earlier)
         self._threads, self._prefetch = threads, prefetch
         self._encoders = tuple((expected or {}).get("text_encoders", self.manifest.text_encoders))
+        self._trimmed = self.manifest.text_storage == "trimmed"
+        self._parts = [
+            "sequence",
+            *(["length"] if self._trimmed else []),
+            *(["scale"] if self.manifest.text_precision != "float16" else []),
+        ]
 
         # Samples of a split are numbered through its shards in the manifest's order. The samples of
         # a bucket are numbered through its own shards; `_split_ids` leads from the latter to the
@@ -230,25 +239,34 @@ class Loader:
             fields = self._fields(record, number, lambda kinds, place=place: choose(place, kinds))
             if not stacked:
                 self._check_size(number, fields["latent"])
+                # Zeros for the tokens that trimmed text leaves out; elsewhere all is written.
+                allocate = np.zeros if self._trimmed else np.empty
                 stacked = {
-                    field: np.empty((len(ids), *value.shape), value.dtype)
+                    field: allocate((len(ids), *self._room(field, value)), value.dtype)
                     for field, value in fields.items()
                 }
             for field, target in stacked.items():
                 value = fields.get(field)
-                if value is None or value.shape != target.shape[1:] or value.dtype != target.dtype:
+                shape = None if value is None else self._room(field, value)
+                if value is None or shape != target.shape[1:] or value.dtype != target.dtype:
                     held = "absent" if value is None else f"{value.dtype}{list(value.shape)}"
                     raise ValueError(
                         f"{self.where(number)}, field {field!r} is {held}, the others of its "
                         f"batch are {target.dtype}{list(target.shape[1:])}: rebuild the data set"
                     )
-                target[place] = value
+                target[place, *map(slice, value.shape)] = value
         text: dict[str, dict[str, np.ndarray]] = {}
         for field, value in stacked.items():
             if field != "latent":
                 _, name, part = field.split("/")
                 text.setdefault(name, {})[part] = value
         return {"latent": stacked["latent"], "text": text}
+
+    def _room(self, field: str, value: np.ndarray) -> tuple[int, ...]:
+        """Shape that one sample takes in a batch: every caption has the tokens of the longest."""
+        if not self._trimmed or not field.endswith(_OF_TOKENS):
+            return value.shape
+        return self.manifest.text_encoders[field.split("/")[1]]["length"], *value.shape[1:]
 
     def _check_size(self, number: int, latent: np.ndarray) -> None:
         """Refuses a latent that is not of the size of its bucket."""
@@ -265,7 +283,7 @@ class Loader:
         self, record: dict[str, Any], number: int, choose: Callable[[list[str]], int]
     ) -> dict[str, np.ndarray]:
         """The arrays of one sample that go into a batch, text with one caption only."""
-        needed = [f"text/{name}/sequence" for name in self._encoders]
+        needed = [f"text/{name}/{part}" for name in self._encoders for part in self._parts]
         for field in ("latent", *needed, *(("caption_kinds",) if needed else ())):
             if field not in record:
                 raise ValueError(
@@ -276,18 +294,34 @@ class Loader:
         if not self._encoders:
             return fields
         kinds = record["caption_kinds"]
-        parts = [(name, part) for name in self._encoders for part in ("sequence", "pooled")]
+        parts = [(name, part) for name in self._encoders for part in (*self._parts, "pooled")]
         texts = [field for field in (f"text/{n}/{p}" for n, p in parts) if field in record]
+        ragged = [field for field in texts if self._trimmed and field.endswith(_OF_TOKENS)]
         for field in texts:
-            if not 0 < len(kinds) == len(record[field]):
+            if field not in ragged and not 0 < len(kinds) == len(record[field]):
                 raise ValueError(
                     f"{self.where(number)}, field {field!r} has {len(record[field])} captions, "
                     f"caption_kinds has {len(kinds)}, both are equal and at least 1: "
                     "rebuild the data set"
                 )
         chosen = choose(kinds)
-        fields.update({field: record[field][chosen] for field in texts})
+        for field in texts:
+            fields[field] = record[field][
+                self._tokens(record, field, number, chosen) if field in ragged else chosen
+            ]
         return fields
+
+    def _tokens(self, record: dict[str, Any], field: str, number: int, caption: int) -> slice:
+        """Where in a field of trimmed text the tokens of a caption are."""
+        name = field.split("/")[1]
+        lengths, most = record[f"text/{name}/length"], self.manifest.text_encoders[name]["length"]
+        if lengths.sum() != len(record[field]) or lengths.min() < 0 or lengths.max() > most:
+            raise ValueError(
+                f"{self.where(number)}, field {field!r} has {len(record[field])} tokens, its "
+                f"captions have {lengths.tolist()} of at most {most}: rebuild the data set"
+            )
+        start = int(lengths[:caption].sum())
+        return slice(start, start + int(lengths[caption]))
 
 
 class _HostBatches:

@@ -9,7 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-SCHEMA = 1
+SCHEMA = 2
+# Schema 1 knew no text_storage and no text_precision: it meant what are their defaults.
+READABLE = (1, SCHEMA)
 MANIFEST = "manifest.json"
 
 
@@ -48,6 +50,8 @@ class Manifest:
       resolution: Nominal side in pixels.
       source: Where the pictures came from, as it was given to the pipeline.
       null: What an absent condition is encoded as.
+      text_storage: "full" (every token of a sequence), or "trimmed" (the valid ones only).
+      text_precision: Of the sequences: "float16", "int8" or "fp8".
       caption_mix: Caption kind -> weight with which it is drawn.
       build: Code version and arguments of the pipeline.
     """
@@ -59,6 +63,8 @@ class Manifest:
     resolution: int
     source: str
     null: str = "zeros"
+    text_storage: str = "full"
+    text_precision: str = "float16"
     caption_mix: Mapping[str, float] = dataclasses.field(
         default_factory=lambda: {"original": 0.5, "synthetic": 0.5}
     )
@@ -97,9 +103,10 @@ class Manifest:
             raise ValueError(
                 f"{path} is not a manifest ({type(error).__name__}: {error}): rebuild the data set"
             ) from error
-        if schema != SCHEMA:
+        if schema not in READABLE:
             raise ValueError(
-                f"{path} has schema {schema!r}, this version reads schema {SCHEMA}: "
+                f"{path} has schema {schema!r}, this version reads schema "
+                f"{' and '.join(map(str, READABLE))}: "
                 "rebuild the data set or use the version that wrote it"
             )
         try:
@@ -108,11 +115,11 @@ class Manifest:
                 for split, shards in fields["splits"].items()
             }
             fields["buckets"] = tuple(Bucket(**bucket) for bucket in fields["buckets"])
-            manifest = cls(**fields)
+            manifest = cls(**{**fields, "schema": SCHEMA})
             manifest._check_contents(path, records=check_shards)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{path} does not follow schema {SCHEMA} ({type(error).__name__}: {error}): "
+                f"{path} does not follow schema {schema} ({type(error).__name__}: {error}): "
                 "rebuild the data set"
             ) from error
         if check_shards:
@@ -199,10 +206,10 @@ def fits(manifest: Manifest, expected: Mapping[str, Any]) -> None:
 
     Args:
       manifest: The data set.
-      expected: What the config says: `resolution`, `autoencoder` (factor, channels, kind, ...) and
-        `text_encoders` (name -> length, width, pooled_width, ...). Every value given is compared;
-        None and "" are compared with nothing, so that an id or a hash may be left open. The data
-        set may hold text encoders that the config does not name.
+      expected: What the config says: `resolution`, `autoencoder` (factor, channels, kind, ...),
+        `text_encoders` (name -> length, width, pooled_width, ...) and `text_storage`. Every value
+        given is compared; None and "" are compared with nothing, so that an id or a hash may be
+        left open. The data set may hold text encoders that the config does not name.
 
     Raises:
       ValueError: One line with every value that differs, as the data set and as the config have it.
@@ -221,6 +228,7 @@ def fits(manifest: Manifest, expected: Mapping[str, Any]) -> None:
     compare("resolution", manifest.resolution, expected.get("resolution"))
     compare("autoencoder", manifest.autoencoder, expected.get("autoencoder"))
     compare("text_encoders", manifest.text_encoders, expected.get("text_encoders"))
+    compare("text_storage", manifest.text_storage, expected.get("text_storage"))
     if differences:
         raise ValueError(
             f"the data set does not fit the config: {'; '.join(differences)}; "

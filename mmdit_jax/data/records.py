@@ -5,7 +5,8 @@ without the code that wrote it, and reading one never runs code (no pickle). The
 are
 
     latent                  (H, W, C), or (H, W, 2C) for moments
-    text/<name>/sequence    (captions, T, width) float16
+    text/<name>/sequence    (captions, T, width) float16; or int8, or the bits of fp8 as uint8
+    text/<name>/scale       (captions, T) float32, of int8 and fp8 (mmdit_jax.encoders.storage)
     text/<name>/pooled      (captions, V) float32, for the encoders that have one
     captions                list of str
     caption_kinds           list of str, "original" or "synthetic", one per caption
@@ -13,6 +14,11 @@ are
     crop                    (4,) int32, top, left, height, width in the original
     key                     str, the content hash
     objects                 str, JSON; only the built-in shapes write it
+
+Trimmed text (the manifest says so) holds the valid tokens only, those of all captions one after
+another: then sequence is (tokens, width), scale (tokens,), and there is
+
+    text/<name>/length      (captions,) int32, valid tokens of each caption
 """
 
 import contextlib

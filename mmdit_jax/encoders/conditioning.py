@@ -9,6 +9,9 @@ A batch of text ("TextOutputs") is a plain dict, the sequences usually float16:
     {"clip_l": {"sequence": (B, 77, 768),  "pooled": (B, 768)},
      "clip_g": {"sequence": (B, 77, 1280), "pooled": (B, 1280)},
      "t5":     {"sequence": (B, 77, 4096)}}
+
+A sequence of 8 bits has a "scale" (B, 77) beside it, and one of trimmed text the "length" (B,) of
+its valid tokens: the padding after them is zeros to the model, in training and in sampling alike.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,6 +19,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from mmdit_jax.encoders.storage import restore
 
 # The order is part of the format: pooled = [clip_l, clip_g], and CLIP tokens come before T5 tokens.
 ENCODER_NAMES = ("clip_l", "clip_g", "t5")
@@ -43,7 +48,7 @@ def _check(text: TextOutputs, context_width: int) -> None:
         )
     for name, outputs in text.items():
         wanted = {"sequence", "pooled"} if name in CLIP_NAMES else {"sequence"}
-        if set(outputs) != wanted:
+        if set(outputs) - {"scale", "length"} != wanted:
             raise ValueError(f"{name} has the outputs {sorted(outputs)} but needs {sorted(wanted)}")
     batches = {f"{name}/{k}": v.shape[0] for name, out in text.items() for k, v in out.items()}
     if len(set(batches.values())) != 1:
@@ -64,13 +69,12 @@ def _check(text: TextOutputs, context_width: int) -> None:
         )
 
 
-def _masked(x: Any, keep_B: jax.Array | None, dtype: Any) -> jax.Array:
-    x = jnp.asarray(x, dtype)
+def _masked(x: jax.Array, keep_B: jax.Array | None) -> jax.Array:
     if keep_B is None:
         return x
     # A select, not a product: whatever a dropped encoder holds (NaN included) cannot leak.
     keep = keep_B.reshape(keep_B.shape + (1,) * (x.ndim - 1))
-    return jnp.where(keep, x, jnp.zeros((), dtype))
+    return jnp.where(keep, x, jnp.zeros((), x.dtype))
 
 
 def _widened(sequence_BTW: jax.Array, context_width: int) -> jax.Array:
@@ -114,7 +118,9 @@ def assemble(
 
     def output(name: str, kind: str) -> jax.Array:
         keep_B = None if keep is None else jnp.broadcast_to(jnp.asarray(keep[name]), (batch,))
-        return _masked(text[name][kind], keep_B, dtype)
+        if kind == "sequence":
+            return _masked(restore(text[name], dtype), keep_B)
+        return _masked(jnp.asarray(text[name][kind], dtype), keep_B)
 
     clips = [name for name in CLIP_NAMES if name in text]
     clip_BTW = jnp.concatenate([output(name, "sequence") for name in clips], axis=-1)

@@ -139,6 +139,12 @@ class TextEncoder:
             row_T[: len(ids)] = ids
         return ids_BT, truncated
 
+    def count_valid(self, captions: Sequence[str]) -> np.ndarray:
+        """Tokens of each caption that are no padding, end token included: (B,) int32."""
+        masks = self.tokenizer(list(captions), verbose=False, return_attention_mask=True)
+        lengths = [min(sum(mask), self.length) for mask in masks["attention_mask"]]
+        return np.array(lengths, np.int32)
+
     def encode(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
         """Encodes captions and waits, see `dispatch`.
 
@@ -299,21 +305,28 @@ def load_text_encoders(
 
 
 def encode(
-    encoders: Mapping[str, TextEncoder], captions: Sequence[str]
+    encoders: Mapping[str, TextEncoder], captions: Sequence[str], *, trimmed: bool = False
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Returns the TextOutputs of captions: every encoder's outputs, float32 on the host."""
-    return dispatch(encoders, captions).fetch()
+    """Returns the TextOutputs of captions: every encoder's outputs, float32 on the host.
+
+    With `trimmed` they have the "length" (B,) of every caption: `assemble` zeroes what comes after.
+    """
+    return dispatch(encoders, captions, trimmed=trimmed).fetch()
 
 
 def dispatch(
-    encoders: Mapping[str, TextEncoder], captions: Sequence[str]
+    encoders: Mapping[str, TextEncoder], captions: Sequence[str], *, trimmed: bool = False
 ) -> Dispatched[dict[str, dict[str, np.ndarray]]]:
     """Starts to encode captions with every encoder; what is returned fetches `encode`'s result."""
     started = {name: encoder.dispatch(captions) for name, encoder in encoders.items()}
-    return Dispatched(
-        [each.arrays for each in started.values()],
-        lambda: {name: each.fetch() for name, each in started.items()},
-    )
+
+    def fetch() -> dict[str, dict[str, np.ndarray]]:
+        outputs = {name: each.fetch() for name, each in started.items()}
+        for name in encoders if trimmed else ():
+            outputs[name] = {**outputs[name], "length": encoders[name].count_valid(captions)}
+        return outputs
+
+    return Dispatched([each.arrays for each in started.values()], fetch)
 
 
 def count_truncated(encoders: Mapping[str, TextEncoder], captions: Sequence[str]) -> dict[str, int]:

@@ -6,6 +6,7 @@ import numpy as np
 
 from mmdit_jax.data.manifest import Bucket, Manifest
 from mmdit_jax.data.records import ShardWriter
+from mmdit_jax.encoders.storage import store
 
 # Name -> width of the sequence and of the pooled vector.
 TEXT = {"clip_l": (6, 3), "clip_g": (10, 5), "t5": (8, 0)}
@@ -34,6 +35,21 @@ def record_of(number, height, width, channels, captions, text, tokens):
     return record
 
 
+def stored(record, text, tokens, trimmed, precision):
+    """The record with text of another storage; sample n has n % tokens + 1 valid tokens and on."""
+    for name in text:
+        prefix = f"text/{name}/"
+        fields = store(record[prefix + "sequence"].astype(np.float32), precision)
+        if trimmed:
+            captions = len(record["captions"])
+            lengths = (int(record["key"]) + np.arange(captions, dtype=np.int32)) % tokens + 1
+            for kind, rows in fields.items():
+                fields[kind] = np.concatenate([r[:n] for r, n in zip(rows, lengths, strict=True)])
+            fields["length"] = lengths
+        record |= {prefix + kind: values for kind, values in fields.items()}
+    return record
+
+
 def build(
     directory,
     shards,
@@ -44,6 +60,8 @@ def build(
     captions=3,
     text=TEXT,
     tokens=TOKENS,
+    text_storage="full",
+    text_precision="float16",
 ):
     """Writes shards given as (bucket, records); samples are numbered through the splits."""
     splits, number = {"train": [], "validation": []}, itertools.count()
@@ -52,7 +70,11 @@ def build(
             file = f"{split}-{index:05d}.arrayrecord"
             with ShardWriter(directory, file, bucket=bucket) as writer:
                 for n in itertools.islice(number, records):
-                    writer.write(record_of(n, *sizes[bucket], channels, captions, text, tokens))
+                    record = record_of(n, *sizes[bucket], channels, captions, text, tokens)
+                    if (text_storage, text_precision) != ("full", "float16"):
+                        trimmed = text_storage == "trimmed"
+                        record = stored(record, text, tokens, trimmed, text_precision)
+                    writer.write(record)
             splits[split].append(writer.shard)
     Manifest(
         splits=splits,
@@ -61,4 +83,6 @@ def build(
         text_encoders={name: {"length": tokens} for name in text},
         resolution=32,
         source="test",
+        text_storage=text_storage,
+        text_precision=text_precision,
     ).save(directory)

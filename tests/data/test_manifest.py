@@ -76,9 +76,21 @@ def test_a_missing_data_set_says_how_to_build_one(tmp_path):
 def test_another_schema_prints_both_versions(saved):
     _edit(saved[0], schema=SCHEMA + 1, unknown_field=1)
     with pytest.raises(
-        ValueError, match=f"schema {SCHEMA + 1}, this version reads schema {SCHEMA}"
+        ValueError, match=f"schema {SCHEMA + 1}, this version reads schema 1 and {SCHEMA}"
     ):
         Manifest.load(saved[0])
+
+
+def test_a_data_set_from_before_there_was_a_choice_of_text_is_full_and_in_half_precision(saved):
+    directory, manifest = saved
+    path = directory / "manifest.json"
+    fields = json.loads(path.read_text())
+    del fields["text_storage"], fields["text_precision"]
+    path.write_text(json.dumps(fields | {"schema": 1}))
+    loaded = Manifest.load(directory)
+    assert loaded == manifest
+    assert (loaded.text_storage, loaded.text_precision) == ("full", "float16")
+    assert loaded.fingerprint() == manifest.fingerprint()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '"schema"', "\x80"])
@@ -146,6 +158,7 @@ def test_a_data_set_that_fits_is_accepted(saved):
 def test_every_mismatch_is_in_one_line_with_both_values(saved):
     wrong = {
         "resolution": 512,
+        "text_storage": "trimmed",
         "autoencoder": {"factor": 8, "channels": 4, "kind": "mean", "hash": "b2"},
         "text_encoders": {
             "t5": {"length": 256, "width": 4096, "id": "other"},
@@ -162,6 +175,7 @@ def test_every_mismatch_is_in_one_line_with_both_values(saved):
         "autoencoder.hash is 'a1' in the data set, 'b2' in the config",
         "text_encoders.t5.length is 77 in the data set, 256 in the config",
         "text_encoders.t5.id is 'google' in the data set, 'other' in the config",
+        "text_storage is 'full' in the data set, 'trimmed' in the config",
         "text_encoders.t6 is absent from the data set, {'length': 77} in the config",
         "rebuild",
     ):

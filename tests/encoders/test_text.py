@@ -67,6 +67,32 @@ def test_padding_is_the_tokenizers_own(encoders):
 
 
 @pytest.mark.parametrize("name", text.ENCODER_NAMES)
+def test_valid_tokens_end_with_the_end_token_and_all_others_are_padding(encoders, name):
+    encoder = encoders[name]
+    ids_BT, _ = encoder.tokenize(CAPTIONS)
+    lengths_B = encoder.count_valid(CAPTIONS)
+    assert lengths_B.dtype == np.int32 and min(lengths_B) < max(lengths_B) == encoder.length
+    for row_T, length in zip(ids_BT, lengths_B, strict=True):
+        assert row_T[length - 1] == encoder.tokenizer.eos_token_id
+        assert (row_T[length:] == encoder.tokenizer.pad_token_id).all()
+        assert encoder.tokenizer.eos_token_id not in row_T[: length - 1]
+
+
+def test_trimmed_prompts_have_zeros_for_padding_and_nothing_else_changes(encoders):
+    full, trimmed = text.encode(encoders, CAPTIONS), text.encode(encoders, CAPTIONS, trimmed=True)
+    (context, pooled), (cut, same) = text.assemble(full, 80), text.assemble(trimmed, 80)
+    np.testing.assert_array_equal(pooled, same)
+    t5_B = 8 + trimmed["t5"]["length"]
+    for row, (clip, t5) in enumerate(zip(trimmed["clip_l"]["length"], t5_B, strict=True)):
+        np.testing.assert_array_equal(cut[row, :clip], context[row, :clip])
+        np.testing.assert_array_equal(cut[row, 8:t5], context[row, 8:t5])
+        assert not cut[row, clip:8].any() and not cut[row, t5:].any()
+    assert (np.asarray(cut) != context).any()
+    null = text.null_condition(trimmed, 80)
+    assert not null.context_BTE.any() and not null.pooled_BV.any()
+
+
+@pytest.mark.parametrize("name", text.ENCODER_NAMES)
 def test_long_captions_are_cut_and_counted_and_keep_their_end(encoders, name):
     encoder = encoders[name]
     ids_BT, truncated = encoder.tokenize(CAPTIONS)
