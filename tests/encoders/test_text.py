@@ -83,10 +83,10 @@ def test_trimmed_prompts_have_zeros_for_padding_and_nothing_else_changes(encoder
     (context, pooled), (cut, same) = text.assemble(full, 80), text.assemble(trimmed, 80)
     np.testing.assert_array_equal(pooled, same)
     t5_B = 8 + trimmed["t5"]["length"]
-    for row, (clip, t5) in enumerate(zip(trimmed["clip_l"]["length"], t5_B, strict=True)):
-        np.testing.assert_array_equal(cut[row, :clip], context[row, :clip])
-        np.testing.assert_array_equal(cut[row, 8:t5], context[row, 8:t5])
-        assert not cut[row, clip:8].any() and not cut[row, t5:].any()
+    for row, (first, last) in enumerate(zip(trimmed["clip_l"]["length"], t5_B, strict=True)):
+        np.testing.assert_array_equal(cut[row, :first], context[row, :first])
+        np.testing.assert_array_equal(cut[row, 8:last], context[row, 8:last])
+        assert not cut[row, first:8].any() and not cut[row, last:].any()
     assert (np.asarray(cut) != context).any()
     null = text.null_condition(trimmed, 80)
     assert not null.context_BTE.any() and not null.pooled_BV.any()
