@@ -13,7 +13,7 @@ def calls(monkeypatch):
     """Encoders whose outputs depend on the place in the batch, as the last bits may in truth."""
     made = []
 
-    def dispatch(encoders, captions):
+    def dispatch(encoders, captions, *, trimmed):
         made.append(list(captions))
         values = [float(caption) + place / 100 for place, caption in enumerate(captions)]
         sequence_BTD = np.array(values, np.float32)[:, None, None] * np.ones((1, 2, 3), np.float32)

@@ -12,10 +12,12 @@ from data_pipelines import encode, pipeline, statistics
 from data_pipelines.build import train_command
 from data_pipelines.captions import CaptionTable, caption_bytes
 from data_pipelines.samples import Rejected
+from data_pipelines.stage_times import StageTimes
 from mmdit_jax import config as config_lib
 from mmdit_jax import run
 from mmdit_jax.data.loader import Loader
 from mmdit_jax.encoders import text
+from mmdit_jax.encoders.dispatched import Dispatched
 from mmdit_jax.encoders.storage import PRECISIONS
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -27,9 +29,9 @@ COUNTS = {"source": "shapes", "count": 6, "validation_count": 2, "text_length": 
 ERROR = {"float16": 0.0, "int8": 1 / 254 + 2**-11, "fp8": 1 / 16 + 2**-11}
 
 
-def load(paths, lengths):
+def load(paths, lengths, mesh=None):
     """The encoders that `settings` builds with, which are compiled already."""
-    return text.load_text_encoders(paths, lengths, dtype=text.jnp.float32, batch_size=4)
+    return text.load_text_encoders(paths, lengths, dtype=text.jnp.float32, batch_size=4, mesh=mesh)
 
 
 def test_trimmed_builds_condition_as_their_encoders_do_on_prompts(settings, tmp_path, monkeypatch):
@@ -110,13 +112,14 @@ def test_the_defaults_are_a_build_from_before_there_was_a_choice(settings):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_states_that_are_not_finite_are_dropped_in_every_storage(monkeypatch, precision):
-    def encoded(encoders, captions):
+    def dispatch(encoders, captions, *, trimmed):
         states = np.ones((len(captions), 2, 3), np.float32)
         states[[caption == "bad" for caption in captions], 1, 1] = np.inf
-        return {"t5": {"sequence": states}}
+        return Dispatched(states, lambda: {"t5": {"sequence": states}})
 
-    monkeypatch.setattr(text, "encode", encoded)
+    monkeypatch.setattr(text, "dispatch", dispatch)
     table = CaptionTable({}, ["good", "bad"], 2, precision=precision)
+    table.dispatch(["good", "bad"], StageTimes())
     assert table.fields(["good"])["text/t5/sequence"].shape == (1, 2, 3)
     with pytest.raises(Rejected, match="NaN or infinity in text/t5/s.* of 'bad'"):
         table.fields(["bad"])
