@@ -106,14 +106,15 @@ flags.DEFINE_string(
 flags.DEFINE_string(
     "embedding",
     PHASH,
-    "What near copies are compared by: phash (built in), or package.module:function of yours, "
+    "What near copies are compared by: phash (built in), sscd:FILE (the published TorchScript, "
+    "needs torch), clip:FOLDER (a CLIP of Hugging Face), or package.module:function of yours, "
     "uint8 RGB pictures (B, R, R, 3) -> vectors (B, V).",
 )
 flags.DEFINE_float(
     "near_threshold",
     None,
     "Near copies differ in at most so many of the 189 bits of phash (12 if not given), or have at "
-    "least this cosine similarity in the vectors of your function.",
+    "least this cosine similarity in the vectors.",
 )
 flags.DEFINE_integer(
     "near_clusters", 0, "Near copies are sought in each of so many clusters; 0 chooses."

@@ -111,10 +111,11 @@ class CLIPTextConfig:
 
 
 class CLIPBlock(nn.Module):
-    """Pre-norm transformer block with causal attention."""
+    """Pre-norm transformer block of either tower; `config` is the tower's."""
 
-    config: CLIPTextConfig
+    config: Any
     dtype: Any
+    causal: bool = True
 
     @nn.compact
     def __call__(
@@ -141,7 +142,7 @@ class CLIPBlock(nn.Module):
         q_BTNK = heads(dense(width, "q_proj")(y_BTD))
         k_BTNK = heads(dense(width, "k_proj")(y_BTD))
         v_BTNK = heads(dense(width, "v_proj")(y_BTD))
-        attended_BTNK = jax.nn.dot_product_attention(q_BTNK, k_BTNK, v_BTNK, is_causal=True)
+        attended_BTNK = jax.nn.dot_product_attention(q_BTNK, k_BTNK, v_BTNK, is_causal=self.causal)
         x_BTD = x_BTD + dense(width, "out_proj")(attended_BTNK.reshape(batch, length, width))
 
         y_BTF = dense(config.mlp_width, "fc1")(norm("layer_norm2")(x_BTD))

@@ -21,8 +21,9 @@ from safetensors import safe_open
 
 from mmdit_jax import sharding
 
-# The leaf of a Linen parameter -> the leaf of its torch name.
+# The leaf of a Linen parameter -> the leaf of its torch name. CLIP's class token has no module.
 LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
+LEAVES |= {"class_embedding": "class_embedding"}
 
 # Dimensions of a Linen kernel -> its axes in the order of torch. Linear is (out, in) there and
 # (in, out) here, Conv2d (out, in, h, w) there and (h, w, in, out) here. Other leaves are alike.

@@ -1,12 +1,14 @@
 import importlib.util
 import io
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from data_pipelines import deduplicate, pipeline, shards
+from data_pipelines import deduplicate, embeddings, pipeline, shards
 from data_pipelines.deduplicate import near_duplicates
 from data_pipelines.embeddings import BITS, DEFAULT_BITS, open_embedding, phash
 
@@ -228,3 +230,44 @@ def test_a_function_of_the_users_embeds_instead(
     wrong = {**vars(asked), "embedding": "my_embedding:wrong", "overwrite": True}
     with pytest.raises(ValueError, match=r"my_embedding:wrong returned shape \(\) for 9 pictures"):
         pipeline.build(type(asked)(**wrong))
+
+
+CLIP = Path(__file__).parents[1] / "testdata" / "encoders" / "clip_image"
+
+
+def test_clip_embeds_any_number_of_pictures_at_its_own_size(monkeypatch):
+    golden = np.load(CLIP / "golden.npz")
+    embedding = open_embedding(f"clip:{CLIP}", 0.9, 16)
+    assert (embedding.side, embedding.least) == (12, 0.9)
+    monkeypatch.setattr(embeddings, "CLIP_BATCH", 2)
+    vectors = embedding.function(golden["pictures"])  # one full batch, one that is filled up
+    np.testing.assert_allclose(vectors, golden["vectors"], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parity
+def test_sscd_gets_pictures_normalised_as_it_was_trained(tmp_path):
+    import torch
+
+    class Mean(torch.nn.Module):
+        def forward(self, x):
+            return x.mean((2, 3))
+
+    torch.jit.script(Mean()).save(tmp_path / "sscd.pt")
+    embedding = open_embedding(f"sscd:{tmp_path}/sscd.pt", 0.75, 16)
+    pictures = np.broadcast_to(np.array([255, 0, 51], np.uint8), (2, 288, 288, 3))
+    assert embedding.side == 288
+    expected = [(1 - 0.485) / 0.229, -0.456 / 0.224, (0.2 - 0.406) / 0.225]
+    np.testing.assert_allclose(embedding.function(pictures), [expected] * 2, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "threshold", "words"),
+    [
+        ("sscd:/no/such.pt", 0.75, "--embedding=sscd:/no/such.pt is no file; give one such as"),
+        ("clip:/no/such", 0.75, "/no/such is no folder"),
+        (f"clip:{CLIP}", None, "--near_threshold=None of --embedding=clip:"),
+    ],
+)
+def test_networks_that_are_not_there_are_named(name, threshold, words):
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(words)):
+        open_embedding(name, threshold, 16)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.random_encoders import make_random_encoders
-from mmdit_jax.encoders import clip, t5, text
+from mmdit_jax.encoders import clip, clip_image, t5, text
 
 pytestmark = pytest.mark.parity
 
@@ -60,6 +60,38 @@ def test_clip(goldens, tmp_path, activation, width, heads, layers, projection, e
     outputs = jax.jit(module.apply)({"params": params}, ids_BT)
     for kind, expected in goldens.run_clip(model, ids_BT).items():
         np.testing.assert_allclose(outputs[kind], expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("activation", "width", "heads", "layers", "projection", "size", "patch", "whole"),
+    [
+        ("quick_gelu", 48, 4, 2, 40, 28, 14, False),
+        ("gelu", 80, 5, 3, 56, 32, 8, False),
+        ("quick_gelu", 64, 1, 1, 64, 30, 10, True),
+    ],
+)
+def test_clip_image(
+    goldens, tmp_path, activation, width, heads, layers, projection, size, patch, whole
+):
+    model = goldens.make_clip_image(
+        seed=width,
+        whole=whole,
+        image_size=size,
+        patch_size=patch,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        hidden_act=activation,
+        projection_dim=projection,
+    )
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    pictures_BHWC = np.random.default_rng(size).integers(0, 256, (4, size, size, 3), np.uint8)
+    module, params = clip_image.load(tmp_path)
+    vectors_BV = jax.jit(module.apply)({"params": params}, pictures_BHWC)
+    np.testing.assert_allclose(
+        vectors_BV, goldens.run_clip_image(model, pictures_BHWC), **TOLERANCE
+    )
 
 
 @pytest.mark.parametrize(

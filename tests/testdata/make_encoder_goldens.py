@@ -23,6 +23,8 @@ def randomize(model, seed: int):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
+            if name == "logit_scale":
+                continue
             if name.endswith("bias"):
                 parameter.copy_(0.3 * noise)
             elif "norm" in name:
@@ -45,6 +47,19 @@ def make_clip(projected: bool, seed: int, **config):
     return randomize(kind(CLIPTextConfig(**config)), seed)
 
 
+def make_clip_image(seed: int, whole: bool = False, **config):
+    """An image tower, by itself or as a part of a whole CLIP."""
+    from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    if not whole:
+        return randomize(CLIPVisionModelWithProjection(CLIPVisionConfig(**config)), seed)
+    text = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 9}
+    text |= {"num_attention_heads": 1, "max_position_embeddings": 5}
+    dim = config["projection_dim"]
+    both = CLIPConfig(text_config=text, vision_config=config, projection_dim=dim)
+    return randomize(CLIPModel(both), seed)
+
+
 def make_t5(seed: int, **config):
     from transformers import T5Config, T5EncoderModel
 
@@ -61,6 +76,20 @@ def run_clip(model, ids_BT: np.ndarray) -> dict[str, np.ndarray]:
     projected = hasattr(output, "text_embeds")
     pooled_BV = output.text_embeds if projected else output.pooler_output
     return {"sequence": output.hidden_states[-2].numpy(), "pooled": pooled_BV.numpy()}
+
+
+def run_clip_image(model, pictures_BHWC: np.ndarray) -> np.ndarray:
+    """The projected vectors of uint8 pictures of the right size."""
+    import torch
+    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+    x_BHWC = (pictures_BHWC / 255 - np.array(OPENAI_CLIP_MEAN)) / np.array(OPENAI_CLIP_STD)
+    x_BCHW = torch.from_numpy(x_BHWC.transpose(0, 3, 1, 2)).float()
+    tower = getattr(model, "vision_model", model)
+    with torch.no_grad():
+        if hasattr(model, "get_image_features"):
+            return model.visual_projection(tower(x_BCHW).pooler_output).numpy()
+        return model(x_BCHW).image_embeds.numpy()
 
 
 def run_t5(model, ids_BT: np.ndarray) -> dict[str, np.ndarray]:
@@ -87,6 +116,17 @@ CLIP_SIZES = {
     "max_position_embeddings": 20,
     "vocab_size": 64,
     "bos_token_id": 62,
+}
+
+CLIP_IMAGE_SIZES = {
+    "image_size": 12,
+    "patch_size": 4,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "hidden_act": "quick_gelu",
+    "projection_dim": 10,
 }
 
 
@@ -135,6 +175,12 @@ def main():
     for name, (model, run, ids_BT) in cases.items():
         model.save_pretrained(FOLDER / name)
         np.savez(FOLDER / name / "golden.npz", ids=ids_BT, **run(model, ids_BT))
+
+    model = make_clip_image(4, **CLIP_IMAGE_SIZES)
+    model.save_pretrained(FOLDER / "clip_image")
+    pictures_BHWC = np.random.default_rng(4).integers(0, 256, (3, 12, 12, 3), np.uint8)
+    vectors_BV = run_clip_image(model, pictures_BHWC)
+    np.savez(FOLDER / "clip_image" / "golden.npz", pictures=pictures_BHWC, vectors=vectors_BV)
 
 
 if __name__ == "__main__":
