@@ -10,7 +10,8 @@ python="${PYTHON:-python3}"
 source .venv/bin/activate
 stamp=".venv/installed-$(cat setup.py <(echo "${EXTRAS:-}") | sha256sum | cut -c1-16)"
 if [ ! -e "$stamp" ]; then
-    pip install --quiet --disable-pip-version-check -e ".${EXTRAS:+[$EXTRAS]}"
+    # Most of what is installed is never imported: Python compiles what is, when it is.
+    pip install --quiet --disable-pip-version-check --no-compile -e ".${EXTRAS:+[$EXTRAS]}"
     touch "$stamp"
 fi
 # XLA on CPU allocates its buffers anew in every step: keep freed memory instead of returning it.

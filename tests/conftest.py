@@ -28,3 +28,15 @@ from absl import flags  # noqa: E402
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 flags.FLAGS.mark_as_parsed()
+
+FIRST = ("commands", "training", "models", "interop")
+
+
+def pytest_collection_modifyitems(items):
+    """Folders of long tests first: what is left over in the end keeps one worker busy alone."""
+
+    def place(item) -> int:
+        room = item.nodeid.split("/")[1]
+        return FIRST.index(room) if room in FIRST else len(FIRST)
+
+    items.sort(key=place)

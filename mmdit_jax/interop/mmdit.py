@@ -4,6 +4,7 @@ The names are in `mmdit_names`. Reading and writing go tensor by tensor, and a s
 only what its devices hold.
 """
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -49,6 +50,7 @@ def model_of(sizes: Sizes) -> MMDiT:
     )
 
 
+@functools.cache
 def abstract_params(sizes: Sizes) -> Any:
     """Shapes of our parameters for a file, boxed with their logical axes; allocates nothing."""
     side = sizes.patch

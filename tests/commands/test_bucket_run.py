@@ -113,6 +113,7 @@ def test_training_draws_a_grid_of_each_size(trained):
     assert wide.height < square.height < tall.height
 
 
+@pytest.mark.slow  # the order of batches is tested by itself, and a kill without buckets
 def test_a_killed_run_ends_bitwise_where_the_whole_one_does(trained, commands, data, tmp_path):
     whole, _ = trained
     arguments = [*TRAIN, f"--workdir={tmp_path}", f"--config.data.path={data}"]

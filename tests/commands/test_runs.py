@@ -120,7 +120,7 @@ def test_losses_are_the_same_on_eight_devices_and_after_a_change_of_mesh(
     arguments = [*TRAIN, f"--workdir={tmp_path}", f"--config.data.path={data}"]
     eight = [*arguments, "--config.mesh.fsdp=4", "--config.steps=3"]
     commands.run("mmdit_jax.train", *eight, JAX_NUM_CPU_DEVICES="8")
-    commands.run("mmdit_jax.train", *arguments, JAX_NUM_CPU_DEVICES="2")
+    commands.run("mmdit_jax.train", *arguments)  # on one
     one, changed = losses(trained), losses(tmp_path)
     assert sorted(changed) == [1, 2, 3, 4, 5, 6]
     np.testing.assert_allclose([changed[s] for s in one], [one[s] for s in one], rtol=1e-5)

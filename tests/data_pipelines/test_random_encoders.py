@@ -150,6 +150,7 @@ def test_states_are_of_order_one(outputs):
             assert 0.5 < values.std() < 2.0 and np.abs(values).max() < 20
 
 
+@pytest.mark.slow
 def test_encoding_is_quick(encoders, outputs):
     captions = [f"{caption} {number}" for number in range(3) for caption in CAPTIONS][:5000]
     start = time.process_time()  # of all threads, and deaf to what else the machine does
