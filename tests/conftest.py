@@ -23,11 +23,21 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 from absl import flags  # noqa: E402
+
+from tests.commands.running import Commands  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture(scope="session")
+def commands() -> Commands:
+    """Runs the commands of the project."""
+    return Commands()
+
 
 FIRST = ("commands", "training", "models", "interop")
 

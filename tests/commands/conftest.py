@@ -1,4 +1,4 @@
-"""A data set, a trained run, and a way to run commands."""
+"""A data set, and a trained run."""
 
 import fcntl
 import os
@@ -9,12 +9,7 @@ import pytest
 
 from data_pipelines.pipeline import build
 from data_pipelines.settings import Settings
-from tests.commands.running import TRAIN, Commands
-
-
-@pytest.fixture(scope="session")
-def commands() -> Commands:
-    return Commands()
+from tests.commands.running import TRAIN
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 # Smallest run of the real thing: 16 px, 6 steps, a checkpoint every 2.
 TRAIN = [
-    "--config=configs/shapes.py:tiny,resolution=16,text_length=12",
+    "--config=configs/shapes.py:tiny,depth=1,resolution=16,text_length=12",
     "--config.steps=6",
     "--config.checkpoint.every=2",
     "--config.evaluation.every=0",

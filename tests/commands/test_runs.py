@@ -30,7 +30,7 @@ def checkpoint(workdir, step: int) -> dict[str, np.ndarray]:
 
 
 def assert_bitwise_equal(a, b):
-    assert a.keys() == b.keys() and len(a) > 50
+    assert a.keys() == b.keys() and len(a) > 40
     for name in a:
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
@@ -89,21 +89,22 @@ def wait_for(workdir, step: int, process) -> None:
     raise TimeoutError
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
-def test_a_stopped_run_ends_bitwise_where_the_whole_one_does(
-    sent, trained, commands, data, tmp_path
+def test_a_run_that_is_stopped_ends_bitwise_where_the_whole_one_does(
+    trained, commands, data, tmp_path
 ):
     """T45 as well: `trained` validates and samples on the way, this run does neither."""
-    workdir = tmp_path / "stopped"
-    arguments = [*TRAIN, f"--workdir={workdir}", f"--config.data.path={data}"]
-    process = commands.start("mmdit_jax.train", *arguments)
-    wait_for(workdir, 3, process)
-    process.send_signal(sent)
-    process.communicate(timeout=120)
-    assert process.returncode == (75 if sent == signal.SIGTERM else -signal.SIGKILL)
+    arguments = [*TRAIN, f"--workdir={tmp_path}", f"--config.data.path={data}"]
+    step = 1
+    for sent, code in ((signal.SIGTERM, 75), (signal.SIGKILL, -signal.SIGKILL)):
+        process = commands.start("mmdit_jax.train", *arguments)
+        wait_for(tmp_path, step + 1, process)
+        process.send_signal(sent)
+        process.communicate(timeout=120)
+        assert process.returncode == code
+        step = max(row["step"] for row in rows(tmp_path))
     commands.run("mmdit_jax.train", *arguments)
-    assert_bitwise_equal(checkpoint(trained, 6), checkpoint(workdir, 6))
-    assert losses(workdir) == losses(trained)
+    assert_bitwise_equal(checkpoint(trained, 6), checkpoint(tmp_path, 6))
+    assert losses(tmp_path) == losses(trained)
 
 
 def test_more_steps_continue_the_run(trained, commands, data, tmp_path):

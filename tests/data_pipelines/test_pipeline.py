@@ -1,8 +1,6 @@
 import functools
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -260,19 +258,12 @@ def test_mistakes_are_named_with_their_remedy(settings, change, message):
 
 
 def test_the_command_ends_with_the_next_command_or_with_one_line_and_exit_code_2(
-    encoder_folders, tmp_path
+    encoder_folders, tmp_path, commands
 ):
-    def run(*arguments):
-        call = [sys.executable, "-m", "data_pipelines.build", f"--output={tmp_path / 'out'}"]
-        call += ["--source=shapes", "--count=4", "--text_length=8", *arguments]
-        call += [f"--{name}={path}" for name, path in encoder_folders.items()]
-        return subprocess.run(call, capture_output=True, text=True, check=False)
-
-    wrong = run("--resolution=17")
-    assert wrong.returncode == 2
-    assert wrong.stderr.strip().splitlines() == [
-        "error: --resolution=17 is no multiple of 16 (autoencoder 8 x patch 2); use 16"
-    ]
-    right = run("--resolution=16")
-    assert right.returncode == 0, right.stderr
-    assert f"--config.data.path={tmp_path / 'out'}" in right.stdout
+    arguments = [f"--output={tmp_path / 'out'}", "--source=shapes", "--count=4", "--text_length=8"]
+    arguments += [f"--{name}={path}" for name, path in encoder_folders.items()]
+    assert commands.run("data_pipelines.build", *arguments, "--resolution=17", code=2) == (
+        "error: --resolution=17 is no multiple of 16 (autoencoder 8 x patch 2); use 16\n"
+    )
+    said = commands.run("data_pipelines.build", *arguments, "--resolution=16")
+    assert f"--config.data.path={tmp_path / 'out'}" in said

@@ -87,7 +87,6 @@ def trained(steps=2, devices=1, mesh=(), changes=()):
 
 
 MESHES = {
-    "fsdp8": (("data", 1), ("fsdp", 8)),
     "data2_fsdp2_tensor2": (("data", 2), ("fsdp", 2), ("tensor", 2)),
     "fsdp4_context2": (("data", 1), ("fsdp", 4), ("context", 2)),
 }
