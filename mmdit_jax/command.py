@@ -70,16 +70,22 @@ def _raised_by_us(error: BaseException) -> bool:
 
 
 def _set_up_logging() -> None:
-    """Our own lines at INFO, and of the libraries only what they warn about."""
+    """Our own lines at INFO, and of the libraries only what they warn about, in one line each.
+
+    Orbax logs the same failure from every one of its threads, with tracebacks of 100 lines.
+    """
+
+    def wanted(record: python_logging.LogRecord) -> bool:
+        if os.path.abspath(record.pathname).startswith(_OURS):
+            return True
+        record.msg, record.args = record.getMessage().split("\n")[0][:300], ()
+        record.exc_info = record.exc_text = None
+        return record.levelno >= python_logging.WARNING
+
     logging.use_absl_handler()
     logging.set_verbosity(logging.INFO)
     handler = logging.get_absl_handler()
-    handler.addFilter(
-        lambda record: (
-            record.levelno >= python_logging.WARNING
-            or os.path.abspath(record.pathname).startswith(_OURS)
-        )
-    )
+    handler.addFilter(wanted)
     handler.setFormatter(
         python_logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%m-%d %H:%M:%S")
     )

@@ -126,7 +126,11 @@ def default(*, depth: int = 24, resolution: int = 256, text_length: int = 77) ->
             },
             "ema": {"decay": 0.99, "every": 100},  # B.3; decay 0 is off
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "context": 1},
-            "checkpoint": {"every": 5000, "keep": 3},
+            "checkpoint": {
+                "every": 5000,  # steps
+                "keep": 3,
+                "max_failures": 10,  # saves in a row, then training ends
+            },
             "evaluation": {"every": 10_000, "samples": 4096, "levels": 8, "batch_size": 256},
             "samples": sampling(),
             "log": {"every": 100, "attention_logits": False},

@@ -37,7 +37,8 @@ from mmdit_jax.training import optimizer as optimizer_lib
 from mmdit_jax.training import state as state_lib
 from mmdit_jax.training import warm_start
 from mmdit_jax.training import workdir as workdir_lib
-from mmdit_jax.training.checkpoint import Checkpointer
+from mmdit_jax.training.checkpoint import Checkpoints
+from mmdit_jax.training.integrity import DamagedError
 from mmdit_jax.training.step import Conditioning, Predict, make_predict
 
 
@@ -331,19 +332,23 @@ def restore_weights(
         raise ValueError(f"weights={weights!r} must be one of {', '.join(config_lib.WEIGHTS)}")
     if weights == "ema" and config.ema.decay == 0:
         raise ValueError("this run has no EMA (ema.decay=0); use --weights=raw")
-    checkpointer = Checkpointer(workdir, read_only=True)
-    known = checkpointer.steps()
+    checkpoints = Checkpoints(workdir)
+    known = checkpoints.steps()
     if not known or (step and step not in known):
         raise FileNotFoundError(
             f"{workdir} has no checkpoint{f' of step {step}' if step else ''}; it has "
             f"{', '.join(map(str, known)) or 'none yet'}"
         )
     boxed = state_lib.abstract_params(config)
-    params = checkpointer.restore_weights(
-        nn.meta.unbox(boxed), sharding.parameter_shardings(boxed, mesh), step or known[-1], weights
-    )
-    checkpointer.close()
-    return params, step or known[-1]
+    try:
+        return checkpoints.restore_weights(
+            nn.meta.unbox(boxed),
+            sharding.parameter_shardings(boxed, mesh),
+            [step] if step else known[::-1],
+            weights,
+        )
+    except DamagedError as error:
+        raise ValueError(f"{workdir}: {error}; put back a copy") from error
 
 
 def check_init_from(config: Config) -> None:

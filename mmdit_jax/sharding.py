@@ -13,13 +13,15 @@ activations pass through `constrain`; `RULES` says what each name means on the m
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor", "context")
@@ -74,6 +76,20 @@ def initialize_distributed(
         int(os.environ.get("SLURM_NTASKS", "1")) > 1
     ):
         jax.distributed.initialize()
+
+
+def agree(ok: bool) -> bool:
+    """True if `ok` holds in every process of the job; all of them must ask."""
+    if jax.process_count() == 1:
+        return ok
+    return bool(np.all(multihost_utils.process_allgather(np.array(ok))))
+
+
+def total(values: np.ndarray) -> np.ndarray:
+    """The sum over all processes of an array of integers; all of them must ask."""
+    if jax.process_count() == 1:
+        return values
+    return np.sum(multihost_utils.process_allgather(values), axis=0, dtype=values.dtype)
 
 
 def mesh_shape(*, data: int, fsdp: int, tensor: int, context: int, devices: int) -> dict[str, int]:
@@ -286,6 +302,42 @@ def state_shardings(abstract_state: Any, param_shardings: Any, mesh: Mesh | Abst
         return replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(place, abstract_state)
+
+
+def on_each_device(
+    function: Callable[[jax.Array, list[jax.Array]], jax.Array],
+    placed: NamedSharding,
+    shape: Sequence[int],
+) -> Callable[[jax.Array], jax.Array]:
+    """Applies a function to what each device holds of an array, by itself.
+
+    Args:
+        function: (block, where it starts along each axis) -> a scalar.
+        placed: where the array lies.
+        shape: of the array.
+
+    Returns:
+        The array -> (devices,) results in the order of `mesh.devices.flat`, each on its device.
+        Copies that should be equal are all read: no result stands for another.
+    """
+    mesh = placed.mesh
+    spec = (*placed.spec, *[None] * (len(shape) - len(placed.spec)))
+
+    def on_one(block: jax.Array) -> jax.Array:
+        starts = [
+            jax.lax.axis_index(axes) * size if axes else jnp.int32(0)
+            for axes, size in zip(spec, block.shape, strict=True)
+        ]
+        return function(block, starts)[None]
+
+    mapped = jax.shard_map(
+        on_one,
+        mesh=mesh,
+        in_specs=PartitionSpec(*spec),
+        out_specs=PartitionSpec(AXES),
+        check_vma=False,
+    )
+    return jax.jit(mapped, out_shardings=NamedSharding(mesh, PartitionSpec(AXES)))
 
 
 def overview(tree: Any, shardings: Any) -> tuple[str, int]:

@@ -9,22 +9,28 @@ and everything is saved). `--dry_run` prints what would run, as JSON, without al
 
 import json
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 from absl import flags, logging
+from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from mmdit_jax import command, run, sharding
 from mmdit_jax import config as config_lib
+from mmdit_jax.data.loader import Loader
 from mmdit_jax.data.manifest import Bucket
 from mmdit_jax.evaluation.sampling import draw_grid
 from mmdit_jax.scaling import flops
+from mmdit_jax.training import integrity, resume
 from mmdit_jax.training import state as state_lib
 from mmdit_jax.training import workdir as workdir_lib
-from mmdit_jax.training.checkpoint import Checkpointer
+from mmdit_jax.training.checkpoint import Checkpoints, to_items
+from mmdit_jax.training.lock import Lock
 from mmdit_jax.training.loop import Hook, train
-from mmdit_jax.training.metrics import MetricWriter
+from mmdit_jax.training.metrics import MetricWriter, kept_going
+from mmdit_jax.training.saving import Saver
 from mmdit_jax.training.step import compile_train_step, make_train_step
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -32,6 +38,24 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and samples go.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan as one JSON object and exit.")
+_RESUME = flags.DEFINE_string(
+    "resume",
+    "auto",
+    "auto: from the newest good checkpoint, if there is any; must: refuse to start from scratch; "
+    "never: refuse to go on; or a step, newer checkpoints being set aside.",
+)
+_ROLLBACK_TO = flags.DEFINE_integer(
+    "rollback_to", -1, "Go back to the checkpoint of this step, once: repeating it does nothing."
+)
+_SKIP_BATCHES = flags.DEFINE_string(
+    "skip_batches", "", "a:b, with --rollback_to: leave out batches a to b - 1, counted from 0."
+)
+_ALLOW_BATCH_CHANGE = flags.DEFINE_bool(
+    "allow_batch_change", False, "Go on with another batch size, at the next sample."
+)
+_ALLOW_DATA_CHANGE = flags.DEFINE_bool(
+    "allow_data_change", False, "Go on with another data set, from its first batch."
+)
 _COORDINATOR = flags.DEFINE_string(
     "coordinator_address", "", "host:port of process 0; TPU pods and SLURM need none."
 )
@@ -110,15 +134,44 @@ def main(argv: list[str]) -> int:
     # Before anything else touches the devices. Then everything that a user may have wrong is
     # checked before the first compilation.
     sharding.initialize_distributed(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    request = resume.parse(
+        _RESUME.value,
+        _ROLLBACK_TO.value,
+        _SKIP_BATCHES.value,
+        allow_batch_change=_ALLOW_BATCH_CHANGE.value,
+        allow_data_change=_ALLOW_DATA_CHANGE.value,
+    )
     parts = run.build(config)
-    first_process = jax.process_index() == 0
     mesh = run.make_mesh(config)
     loader = run.make_loader(config, "train")
-    workdir_lib.check_resume(workdir, config, loader.manifest)
     if config.init_from and not os.path.exists(os.path.join(workdir, "config.json")):
-        run.check_init_from(config)  # before anything is written
-    optimizer, plan = run.plan(parts, mesh)
+        run.check_init_from(config)
     hooks = make_hooks(parts, mesh, loader, workdir)
+    with Lock(workdir, active=jax.process_index() == 0):
+        return train_run(parts, mesh, loader, hooks, workdir, request)
+
+
+def train_run(
+    parts: run.Parts,
+    mesh: Mesh,
+    loader: Loader,
+    hooks: Sequence[Hook],
+    workdir: str,
+    request: resume.Request,
+) -> int:
+    """Trains from where the workdir is to the last step; returns the exit code."""
+    config = parts.config
+    first_process = jax.process_index() == 0
+    optimizer, plan = run.plan(parts, mesh)
+    start = resume.start(
+        Checkpoints(workdir), plan, request, workdir=workdir, config=config, loader=loader
+    )
+    state, loader = start.state, start.stream.loader(loader)
+    if state is not None and int(state.step) >= config.steps:
+        logging.info(
+            "%s is at step %d of %d: nothing to do", workdir, int(state.step), config.steps
+        )
+        return command.EXIT_OK
     if first_process:
         workdir_lib.write_identity(workdir, config, loader.manifest)
     logging.info("%s, mesh %s", run.device_names(), dict(mesh.shape))
@@ -130,18 +183,11 @@ def main(argv: list[str]) -> int:
         if count < size:
             logging.warning("bucket %s: a batch holds some of its records several times", bucket)
     sharding.log_overview("parameters", plan.abstract.params, plan.shardings.params)
-
-    checkpointer = Checkpointer(workdir, keep=config.checkpoint.keep)
-    saved = checkpointer.latest_step()
-    if saved is None:
+    if state is None:
         state = state_lib.init_state(config, optimizer, plan)
         if config.init_from:
             state = run.init_from(config, state, plan)
-    elif saved >= config.steps:
-        logging.info("%s is at step %d of %d: nothing to do", workdir, saved, config.steps)
-        return command.EXIT_OK
-    else:
-        state = checkpointer.restore(plan, saved)
+        integrity.block_checksums(to_items(state))  # compiled now, so that the first save is quick
     step = int(state.step)
 
     train_step = make_train_step(
@@ -156,6 +202,7 @@ def main(argv: list[str]) -> int:
     train_step = compile_train_step(
         train_step, plan, mesh, [loader.abstract_batch(bucket) for bucket in filled]
     )
+    saver = Saver(workdir, keep=config.checkpoint.keep, max_failures=config.checkpoint.max_failures)
     writer = MetricWriter(workdir, start_step=step, active=first_process)
     outcome = train(
         config,
@@ -163,11 +210,13 @@ def main(argv: list[str]) -> int:
         train_step=train_step,
         batches=batches,
         loader=loader,
-        checkpointer=checkpointer,
+        saver=saver,
+        meta=resume.meta(config, loader.manifest, start.stream),
+        earlier_samples=start.stream.samples,
         writer=writer,
         hooks=hooks,
     )
-    checkpointer.close()
+    saver.close()
     writer.close()
     return command.EXIT_RESUME if outcome.preempted else command.EXIT_OK
 
@@ -209,9 +258,10 @@ def make_hooks(parts: run.Parts, mesh, loader, workdir: str) -> list[Hook]:
             for name, size in (sizes or {"": None}).items():
                 pictures = sampler(state.params if raw else weights(state), prompts, size)
                 if jax.process_index() == 0:
-                    os.makedirs(os.path.join(workdir, "samples"), exist_ok=True)
                     path = os.path.join(workdir, "samples", f"{step:08d}{name}.png")
-                    draw_grid(pictures, prompts).save(path)
+                    with kept_going(path):
+                        os.makedirs(os.path.dirname(path), exist_ok=True)
+                        draw_grid(pictures, prompts).save(path)
             return {}
 
         hooks.append(Hook("samples", config.samples.every, sample))

@@ -33,7 +33,7 @@ from mmdit_jax.interop.mmdit import Sizes
 from mmdit_jax.interop.tensors import Tensors, write_file, write_folder
 from mmdit_jax.training import state as state_lib
 from mmdit_jax.training import workdir as workdir_lib
-from mmdit_jax.training.checkpoint import save_weights
+from mmdit_jax.training.saving import save_weights
 
 DTYPES = {
     "float32": np.dtype(np.float32),

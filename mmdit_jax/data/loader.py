@@ -7,6 +7,7 @@ padding and joining of text happen on the device. All samples of a batch are of 
 and W may differ between batches.
 """
 
+import copy
 import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -133,6 +134,14 @@ class Loader:
     def samples_before(self, step: int) -> np.ndarray:
         """int64 samples of each bucket in the batches below `step`."""
         return order.samples_before(self.counts, self._seed, step, self.batch_sizes, self._earlier)
+
+    def batch_number(self, step):
+        return step
+
+    def following(self, *, earlier, skips, origin):
+        other = copy.copy(self)
+        other._earlier = tuple(earlier)
+        return other
 
     def filled_buckets(self) -> list[int]:
         """Indices of the buckets that have samples in this split."""

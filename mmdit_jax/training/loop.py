@@ -7,7 +7,7 @@ grids) is handed in as hooks by the command.
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,8 +18,8 @@ from jax.experimental import multihost_utils
 from mmdit_jax.config import Config
 from mmdit_jax.data.loader import Loader
 from mmdit_jax.scaling import flops
-from mmdit_jax.training.checkpoint import Checkpointer
 from mmdit_jax.training.metrics import Average, MetricWriter, Progress
+from mmdit_jax.training.saving import SaveError, Saver
 from mmdit_jax.training.state import TrainState
 
 
@@ -79,16 +79,20 @@ def train(
     train_step: Callable,
     batches: Iterator[Any],
     loader: Loader,
-    checkpointer: Checkpointer,
+    saver: Saver,
+    meta: Mapping[str, Any],
+    earlier_samples: int,
     writer: MetricWriter,
     hooks: Sequence[Hook],
 ) -> Outcome:
     """Runs steps until `config.steps` or preemption; saves, logs, validates on the way.
 
     Metrics of a step are fetched after the next step has been dispatched, so the device never
-    waits for the host. `batches` are those of the loader from the state's step on.
+    waits for the host. `batches` are those of the loader from the state's step on. `meta` is saved
+    with each checkpoint, `earlier_samples` were trained on before the loader's stream began.
 
     Raises:
+        SaveError: the last state could not be saved, or too many in a row.
         NonFiniteLoss: naming the step, its samples and the last good checkpoint.
     """
     first = step = int(state.step)
@@ -100,7 +104,10 @@ def train(
     pending: tuple[int, Any] | None = None
 
     def samples() -> int:
-        return int(loader.samples_before(step).sum())
+        return earlier_samples + int(loader.samples_before(step).sum())
+
+    def save() -> None:
+        saver.save(state, {**meta, "samples": samples()})
 
     def fetch() -> None:
         """Waits for the metrics of the step before and checks them."""
@@ -112,8 +119,8 @@ def train(
         if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
             raise NonFiniteLoss(
                 f"step {at}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; samples "
-                f"{list(map(int, loader.sample_ids(at - 1)))[:64]}; last good checkpoint: step "
-                f"{checkpointer.latest_step()}"
+                f"{list(map(int, loader.sample_ids(at - 1)))[:64]}; last good checkpoint: "
+                f"{saver.newest()}"
             )
         average.add(metrics)
 
@@ -129,13 +136,16 @@ def train(
             clock.restart(step)
 
         stopping = preemption.reached(step)
-        saving = stopping or step == last or step % config.checkpoint.every == 0
+        retry = saver.failed() and jax.process_count() == 1  # many wait for the next interval
+        saving = retry or stopping or step == last or step % config.checkpoint.every == 0
         due = [hook for hook in hooks if hook.due(step, last) and not stopping]
         logging_now = step % config.log.every == 0 or step == last or step == first + 1
         if saving or due or logging_now:
             fetch()
         if logging_now:
             scalars = average.pop() | clock.read(step)
+            if saver.failures:
+                scalars["checkpoint/failures"] = saver.failures
             writer.write(step, samples(), scalars)
             progress.show(step, scalars, log=True)
         elif step % 10 == 0:
@@ -143,7 +153,7 @@ def train(
         if saving or due:
             with clock.paused():
                 if saving:
-                    checkpointer.save(state, {"step": step, "samples": samples()})
+                    save()
                 for hook in due:
                     scalars = hook.run(state, step)
                     if scalars:
@@ -151,7 +161,13 @@ def train(
                         text = "  ".join(f"{k} {v:.4f}" for k, v in list(scalars.items())[:2])
                         logging.info("step %d  %s  %s", step, hook.name, text)
 
-    checkpointer.wait()
+    if saver.wait():
+        save()
+        if saver.wait():
+            raise SaveError(
+                f"step {step} could not be saved; the newest checkpoint is {saver.newest()}: make "
+                "room and run the same command again, it goes on from there"
+            )
     if stopping and step < last:
         logging.info("stopped by SIGTERM after step %d, which is saved", step)
     return Outcome(state, preempted=stopping and step < last)

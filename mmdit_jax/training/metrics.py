@@ -1,10 +1,11 @@
 """What a run reports: metrics.jsonl, TensorBoard events, and a progress line."""
 
+import contextlib
 import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -31,15 +32,28 @@ class MetricWriter:
         if self._file is None or self._board is None:
             return
         row = {"step": step, "samples": samples, "time": round(time.time(), 3), **scalars}
-        self._file.write(json.dumps(row) + "\n")
-        for name, value in scalars.items():
-            self._board.add_scalar(name, value, step)
+        with kept_going("metrics"):
+            self._file.write(json.dumps(row) + "\n")
+        with kept_going("TensorBoard events"):
+            for name, value in scalars.items():
+                self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Flushes both."""
         if self._file is not None and self._board is not None:
-            self._file.close()
-            self._board.close()
+            with kept_going("metrics"):
+                self._file.close()
+            with kept_going("TensorBoard events"):
+                self._board.close()
+
+
+@contextlib.contextmanager
+def kept_going(what: str) -> Iterator[None]:
+    """A full or failing disk costs what was to be written, not the run."""
+    try:
+        yield
+    except OSError as error:
+        logging.error("%s could not be written (%s); training goes on", what, error)
 
 
 def _drop_after(path: str, step: int) -> None:

@@ -1,8 +1,12 @@
 """The run directory: what it says about the run, and whether a resumed run is still the same."""
 
+import functools
+import hashlib
 import json
 import os
+from collections.abc import Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from absl import logging
@@ -55,56 +59,97 @@ def _write(path: str, content: dict[str, Any]) -> None:
     os.replace(temporary, path)
 
 
-def check_resume(workdir: str, config: Config, manifest: Manifest) -> None:
-    """Compares a config and a data set with those that the workdir was started with.
+# May differ when the user says so.
+_OF_THE_BATCH = ("batch_size", "data.batch_multiple", "optimizer.accumulate")
+
+
+def identity(config: Config, manifest: Manifest) -> dict[str, Any]:
+    """What decides the result of a run: config, data fingerprint, versions of all code; JSON."""
+    return {
+        "config": config_lib.to_json(config),
+        "data_fingerprint": manifest.fingerprint(),
+        "versions": {
+            "mmdit_jax": f"{mmdit_jax.__version__} {_source_hash()}",
+            **{name: version(name) for name in _PACKAGES},
+        },
+    }
+
+
+@functools.cache
+def _source_hash() -> str:
+    """Of the package's own files: an edit changes the run as a release does."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(mmdit_jax.__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def check_identity(
+    saved: Mapping[str, Any],
+    config: Config,
+    manifest: Manifest,
+    *,
+    workdir: str,
+    allow_batch_change: bool = False,
+    allow_data_change: bool = False,
+) -> None:
+    """Compares a config and a data set, field by field, with what `identity` returned before.
+
+    Fields that decide nothing may differ; of some, and of versions, a change is a warning.
 
     Raises:
         ValueError: the workdir belongs to another run; every difference is listed.
     """
-    path = os.path.join(workdir, "config.json")
-    if not os.path.exists(path):
-        return
-    with open(path, encoding="utf-8") as file:
-        saved = json.load(file)
     ours, theirs = _flatten(config_lib.to_json(config)), _flatten(_complete(saved["config"]))
     different = []
     for name in sorted(ours.keys() | theirs.keys()):
         now, before = ours.get(name), theirs.get(name)
         if now == before or _within(name, FREE):
             continue
-        if _within(name, WARNED):
+        if _within(name, WARNED) or (allow_batch_change and name in _OF_THE_BATCH):
             logging.warning("%s was %s and is now %s", name, before, now)
-            if config.optimizer.schedule != "constant":
+            if name == "steps" and config.optimizer.schedule != "constant":
                 logging.warning(
                     "the %s schedule follows the new number of steps", config.optimizer.schedule
                 )
             continue
-        different.append(f"{name} is {now}, was {before}")
+        remedy = " (--allow_batch_change goes on with it)" if name in _OF_THE_BATCH else ""
+        different.append(f"{name} is {now}, was {before}{remedy}")
     fingerprint = manifest.fingerprint()
-    if saved["data_fingerprint"] != fingerprint:
+    if saved["data_fingerprint"] != fingerprint and not allow_data_change:
         different.append(
-            f"the data set is {fingerprint[:12]}, was {saved['data_fingerprint'][:12]}"
+            f"the data set is {fingerprint[:12]}, was {saved['data_fingerprint'][:12]} "
+            "(--allow_data_change goes on with it)"
         )
     if different:
         raise ValueError(
             f"{workdir} belongs to another run: {'; '.join(different)}; "
             "choose another --workdir, or go back to these values"
         )
+    versions = identity(config, manifest)["versions"]
+    changed = [
+        f"{name} was {before} and is now {versions.get(name)}"
+        for name, before in saved["versions"].items()
+        if versions.get(name) != before
+    ]
+    if changed:
+        logging.warning("%s: results may differ in the last bits", "; ".join(changed))
 
 
 def write_identity(workdir: str, config: Config, manifest: Manifest) -> None:
-    """Writes `config.json` (config, data fingerprint, versions) and a copy of the manifest."""
+    """Writes `config.json` (see `identity`) and a copy of the manifest."""
     os.makedirs(workdir, exist_ok=True)
-    versions = {name: version(name) for name in _PACKAGES}
-    _write(
-        os.path.join(workdir, "config.json"),
-        {
-            "config": config_lib.to_json(config),
-            "data_fingerprint": manifest.fingerprint(),
-            "versions": {"mmdit_jax": mmdit_jax.__version__, **versions},
-        },
-    )
+    _write(os.path.join(workdir, "config.json"), identity(config, manifest))
     manifest.save(workdir)
+
+
+def read_identity(workdir: str) -> dict[str, Any] | None:
+    """What `write_identity` wrote, None where no run was started."""
+    path = os.path.join(workdir, "config.json")
+    if not os.path.exists(path):
+        return None
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
 
 
 def read_config(workdir: str) -> Config:
@@ -113,14 +158,13 @@ def read_config(workdir: str) -> Config:
     Raises:
         FileNotFoundError: no run was started there.
     """
-    path = os.path.join(workdir, "config.json")
-    if not os.path.exists(path):
+    saved = read_identity(workdir)
+    if saved is None:
         raise FileNotFoundError(
             f"{workdir} has no config.json: it is not the workdir of a run; "
             "give the --workdir of `python -m mmdit_jax.train`"
         )
-    with open(path, encoding="utf-8") as file:
-        return ConfigDict(_complete(json.load(file)["config"]))
+    return ConfigDict(_complete(saved["config"]))
 
 
 def _complete(saved: dict[str, Any]) -> dict[str, Any]:

@@ -6,9 +6,15 @@ import pytest
 
 from mmdit_jax import config as config_lib
 from mmdit_jax.data.manifest import Bucket, Manifest
-from mmdit_jax.training.workdir import check_resume, write_identity
+from mmdit_jax.training.workdir import check_identity, read_identity, write_identity
 
 MANIFEST = Manifest({}, (Bucket(32, 32),), {}, {}, 32, "test")
+
+
+def check(workdir, config, manifest=MANIFEST, **allowed):
+    saved = read_identity(str(workdir))
+    assert saved
+    check_identity(saved, config, manifest, workdir=str(workdir), **allowed)
 
 
 def without(workdir, group, key):
@@ -23,10 +29,10 @@ def test_a_run_from_before_a_key_existed_had_its_default(tmp_path):
     config = config_lib.default()
     write_identity(str(tmp_path), config, MANIFEST)
     without(tmp_path, "model", "pos_embed_random_crop")
-    check_resume(str(tmp_path), config, MANIFEST)
+    check(tmp_path, config)
     config.model.pos_embed_random_crop = True
     with pytest.raises(ValueError, match="model.pos_embed_random_crop is True, was False"):
-        check_resume(str(tmp_path), config, MANIFEST)
+        check(tmp_path, config)
 
 
 def test_batches_that_would_differ_are_refused(tmp_path):
@@ -34,4 +40,4 @@ def test_batches_that_would_differ_are_refused(tmp_path):
     write_identity(str(tmp_path), config, MANIFEST)
     config.data.batch_multiple = 256
     with pytest.raises(ValueError, match="data.batch_multiple is 256, was 0"):
-        check_resume(str(tmp_path), config, MANIFEST)
+        check(tmp_path, config)
