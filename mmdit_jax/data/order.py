@@ -26,8 +26,54 @@ import numpy as np
 # With 8 rounds the orders of a handful of samples are not equally likely; with 16 they are.
 _ROUNDS = 16
 # Purposes, so that no two uses of a seed share a key.
-_SAMPLES, _BUCKETS, _CAPTION_KIND, _CAPTION = range(4)
+_SAMPLES, _BUCKETS, _CAPTION_KIND, _CAPTION, _SUBSTITUTE = range(5)
 _MASK = (1 << 64) - 1
+
+
+def batch_number(step: int, skips: Sequence[tuple[int, int]] = (), origin: int = 0) -> int:
+    """The batch of the stream that a step takes: what all other functions here call its step.
+
+    Args:
+      step: Step of the run.
+      skips: ((a, b), ...): the batches with the numbers a to b - 1 are left out.
+      origin: Step that takes the first batch, when the run had another data set before.
+
+    Returns:
+      The number, from 0; negative for a step before `origin`.
+    """
+    left_out = sum(stop - first for first, stop in skipped_before(step, skips, origin))
+    return step - origin + left_out
+
+
+def skipped_before(
+    step: int, skips: Sequence[tuple[int, int]], origin: int = 0
+) -> list[tuple[int, int]]:
+    """The batches that are left out before the one of `step`: rising ranges without overlap.
+
+    Args: as of `batch_number`; ranges of `skips` may overlap and come in any order.
+    """
+    number, end, passed = step - origin, 0, []
+    for first, stop in sorted(skips):
+        first = max(first, end)
+        if first < stop and first <= number:
+            passed.append((first, stop))
+            number, end = number + stop - first, stop
+    return passed
+
+
+def substitute(n: int, seed: int, number: int, attempt: int) -> int:
+    """The sample that stands in for a damaged one.
+
+    Args:
+      n: Samples of the bucket.
+      seed: Seed of the run.
+      number: Of the damaged sample within its split.
+      attempt: Below n; a substitute may be damaged itself. Every attempt gives another one.
+
+    Returns:
+      Number within the bucket; one attempt of n may give the damaged sample.
+    """
+    return int(permute(np.array([attempt]), n, _key(seed, _SUBSTITUTE, number))[0])
 
 
 def batch_ids(

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 
 from mmdit_jax.data import order
-from mmdit_jax.data.order import batch_ids, bucket_of_step, samples_before
+from mmdit_jax.data.order import (
+    batch_ids,
+    batch_number,
+    bucket_of_step,
+    samples_before,
+    skipped_before,
+    substitute,
+)
 
 BUCKETS = (700, 0, 211, 89, 1)
 SIZES = (8, 1, 12, 20, 4)  # of a batch of each bucket
@@ -100,6 +107,50 @@ def test_a_changed_batch_size_goes_on_at_the_next_sample(counts):
         stream = bucket_streams[bucket]
         for start in range(0, len(stream) - n + 1, n or 1):
             assert sorted(stream[start : start + n]) == list(range(n))
+
+
+@pytest.mark.parametrize(
+    "skips",
+    [
+        (),
+        ((0, 1),),
+        ((3, 5), (9, 20)),
+        ((9, 20), (3, 5)),
+        ((3, 5), (5, 6), (8, 9)),
+        ((3, 10), (5, 7)),
+        ((3, 10), (5, 14), (14, 14), (13, 15)),
+    ],
+)
+@pytest.mark.parametrize("origin", [0, 7])
+def test_steps_take_every_batch_but_the_skipped_ones(skips, origin):
+    left_out = {number for first, stop in skips for number in range(first, stop)}
+    expected = [number for number in range(40) if number not in left_out]
+    steps = range(origin, origin + len(expected))
+    assert [batch_number(step, skips, origin) for step in steps] == expected
+    for step, number in zip(steps, expected, strict=True):
+        passed = [
+            n for first, stop in skipped_before(step, skips, origin) for n in range(first, stop)
+        ]
+        assert passed == sorted(n for n in left_out if n < number)
+
+
+def test_a_step_before_the_data_set_has_no_batch():
+    assert batch_number(6, ((0, 4),), 7) == -1
+    with pytest.raises(ValueError, match="steps start at 0"):
+        batch_ids((9,), 0, batch_number(6, (), 7), 4)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 1000])
+def test_substitutes_are_different_samples_that_follow_from_the_seed_and_the_sample(n):
+    tried = [substitute(n, 3, 5, attempt) for attempt in range(min(n, 16))]
+    assert len(set(tried)) == len(tried) and min(tried) >= 0 and max(tried) < n
+    assert tried == [substitute(n, 3, 5, attempt) for attempt in range(min(n, 16))]
+    if n == 1000:
+        for other in ((4, 5), (3, 6)):
+            assert tried != [substitute(n, *other, attempt) for attempt in range(16)]
+    # Not a fixed neighbour: all samples stand in for others equally often.
+    counts = np.bincount([substitute(7, 3, number, 0) for number in range(700)], minlength=7)
+    assert counts.min() > 60
 
 
 def _steps(counts, seed, steps, sizes):
