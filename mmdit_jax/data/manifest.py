@@ -3,27 +3,46 @@
 import dataclasses
 import hashlib
 import json
+import math
 import os
-from collections.abc import Mapping
+import stat
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-SCHEMA = 2
-# Schema 1 knew no text_storage and no text_precision: it meant what are their defaults.
-READABLE = (1, SCHEMA)
+SCHEMA = 3
+# Schema 1 knew no text_storage and no text_precision: it meant what are their defaults. Schema 2
+# knew no heads of shards: they are not compared then.
+OLDEST_SCHEMA = 1
 MANIFEST = "manifest.json"
+# What is looked at of both ends of a shard. Riegeli writes a hash of each record before it, so that
+# the first few hundred bytes already depend on all of the first record. The last block, which the
+# format aligns, says where the index of all records is.
+FIRST_BYTES, LAST_BYTES = 4096, 65536
+_LARGEST = 1 << 53  # of a count: what JSON can hold everywhere
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One ArrayRecord file of a data set: name, index of its bucket, record count, size, hash."""
+    """One ArrayRecord file of a data set.
+
+    Attributes:
+      file: Name, relative to the directory of the data set.
+      bucket: Index of its bucket.
+      records: Count.
+      bytes: Size.
+      sha256: Of the contents.
+      head: Hash of its two ends (`file_head`): tells shards of equal size apart, and is read in no
+        time; "" of data sets from before schema 3.
+    """
 
     file: str
     bucket: int
     records: int
     bytes: int
     sha256: str
+    head: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,13 +96,13 @@ class Manifest:
 
         Args:
           directory: The data set's directory.
-          check_shards: Also ask for records, and look at every shard's size (one stat each, no
-            read). Without, the manifest of imported weights is one: it holds no data.
+          check_shards: Also ask for records, and look at size and both ends of every shard.
+            Without, the manifest of imported weights is one: it holds no data.
 
         Raises:
           FileNotFoundError: No such directory, or no manifest in it.
-          ValueError: Another schema version, damaged JSON, no records, or shards that are missing
-            or have another size than when they were written; all of them in one message.
+          ValueError: Another schema version, damaged JSON, no records, or shards that are missing,
+            lead out of the directory or differ from what was written; all of them in one message.
         """
         directory = Path(directory)
         if not directory.is_dir():
@@ -99,15 +118,14 @@ class Manifest:
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
             schema = fields["schema"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"{path} is not a manifest ({type(error).__name__}: {error}): rebuild the data set"
             ) from error
-        if schema not in READABLE:
+        if type(schema) is not int or not OLDEST_SCHEMA <= schema <= SCHEMA:
             raise ValueError(
-                f"{path} has schema {schema!r}, this version reads schema "
-                f"{' and '.join(map(str, READABLE))}: "
-                "rebuild the data set or use the version that wrote it"
+                f"{path} has schema {schema!r}, this version reads schema {OLDEST_SCHEMA} to "
+                f"{SCHEMA}: rebuild the data set or use the version that wrote it"
             )
         try:
             fields["splits"] = {
@@ -139,33 +157,52 @@ class Manifest:
         finally:
             partial.unlink(missing_ok=True)
 
-    def check_shards(self, directory: str | os.PathLike, *, contents: bool = False) -> None:
-        """Compares the shards with what the manifest says of them.
+    def check_shards(
+        self,
+        directory: str | os.PathLike,
+        *,
+        contents: bool = False,
+        checked: Callable[[Shard], None] = lambda _: None,
+    ) -> None:
+        """Compares the shards of all splits with what the manifest says of them.
 
         Args:
           directory: The data set's directory.
           contents: Also hash every file, which reads all of them.
+          checked: Called after each shard, for a progress bar.
 
         Raises:
-          ValueError: Lists every shard that is missing or differs.
+          ValueError: Lists every shard that is missing, leads out of the directory or differs.
         """
         shards = [shard for split in self.splits.values() for shard in split]
+        inside = os.path.join(os.path.realpath(directory), "")
 
         def fault(shard: Shard) -> str | None:
             path = os.path.join(directory, shard.file)
             try:
-                size = os.stat(path).st_size
+                # Only a link, or a folder that is one, can lead elsewhere.
+                if os.path.islink(path) or os.path.dirname(shard.file):
+                    if not os.path.realpath(path).startswith(inside):
+                        return f"{shard.file} (leads out of the directory)"
+                status = os.stat(path)
+                if not stat.S_ISREG(status.st_mode):
+                    return f"{shard.file} (not a file)"
+                if status.st_size != shard.bytes:
+                    return f"{shard.file} ({status.st_size} bytes, {shard.bytes} when written)"
+                if shard.head and file_head(path) != shard.head:
+                    return f"{shard.file} (other contents than when written)"
+                if contents and file_sha256(path) != shard.sha256:
+                    return f"{shard.file} (other contents than when written)"
             except OSError as error:
                 return f"{shard.file} ({error.strerror})"
-            if size != shard.bytes:
-                return f"{shard.file} ({size} bytes, {shard.bytes} when written)"
-            if contents and file_sha256(path) != shard.sha256:
-                return f"{shard.file} (other contents than when written)"
             return None
 
-        # Threads, because a stat on a network file system waits.
+        faults = []
+        # Threads, because a network file system lets each of them wait.
         with ThreadPoolExecutor(16) as pool:
-            faults = [line for line in pool.map(fault, shards) if line]
+            for shard, line in zip(shards, pool.map(fault, shards), strict=True):
+                faults += [line] if line else []
+                checked(shard)
         if faults:
             raise ValueError(
                 f"{len(faults)} of {len(shards)} shards in {directory} are not as they were "
@@ -175,27 +212,53 @@ class Manifest:
     def fingerprint(self) -> str:
         """Hex hash of what decides which sample has which number: shards, buckets, caption mix.
 
-        A checkpoint keeps it, because the samples of a step are a function of it.
+        A checkpoint keeps it, because the samples of a step are a function of it. Heads are no part
+        of it: they follow from the contents, whose hash is, and old manifests have none.
         """
         identity = [
-            {name: [dataclasses.astuple(s) for s in self.splits[name]] for name in self.splits},
+            {
+                name: [(s.file, s.bucket, s.records, s.bytes, s.sha256) for s in shards]
+                for name, shards in self.splits.items()
+            },
             [dataclasses.astuple(bucket) for bucket in self.buckets],
             dict(self.caption_mix),
         ]
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     def _check_contents(self, path: Path, *, records: bool) -> None:
+        for entry in (self.autoencoder, self.text_encoders, *self.text_encoders.values()):
+            if not isinstance(entry, Mapping):
+                raise TypeError(f"{entry!r} is no object")
+        for side in (side for bucket in self.buckets for side in dataclasses.astuple(bucket)):
+            if type(side) is not int or not 0 < side < _LARGEST:
+                raise TypeError(f"{side!r} is no size in pixels")
         for split, shards in self.splits.items():
             for shard in shards:
-                if not 0 <= shard.bucket < len(self.buckets):
+                for count in (shard.bucket, shard.records, shard.bytes):
+                    if type(count) is not int or not 0 <= count < _LARGEST:
+                        raise TypeError(f"{count!r} is no count")
+                name = PurePosixPath(shard.file)
+                if (
+                    name.is_absolute()
+                    or ".." in name.parts
+                    or not name.name
+                    or not shard.file.isprintable()
+                ):
+                    raise ValueError(
+                        f"{path}: shard {shard.file!r} of split {split} is not inside the "
+                        "directory of the data set, where a shard has to be: get the data set "
+                        "from someone you trust, or rebuild it"
+                    )
+                if shard.bucket >= len(self.buckets):
                     raise ValueError(
                         f"{path}: shard {shard.file} of split {split} is in bucket {shard.bucket}, "
                         f"there are {len(self.buckets)}: rebuild the data set"
                     )
-        if not (sum(self.caption_mix.values()) > 0 and min(self.caption_mix.values()) >= 0):
+        weights = self.caption_mix.values()
+        if not (0 < sum(weights) < math.inf and min(weights) >= 0):
             raise ValueError(
-                f"{path} has caption_mix {dict(self.caption_mix)}, weights are not negative and "
-                "not all 0: correct them"
+                f"{path} has caption_mix {dict(self.caption_mix)}, weights are finite, not "
+                "negative and not all 0: correct them"
             )
         if records and not sum(s.records for shards in self.splits.values() for s in shards):
             raise ValueError(f"{path} counts 0 records, training needs some: rebuild the data set")
@@ -234,6 +297,15 @@ def fits(manifest: Manifest, expected: Mapping[str, Any]) -> None:
             f"the data set does not fit the config: {'; '.join(differences)}; "
             "change the config or rebuild the data set with the config's values"
         )
+
+
+def file_head(path: str | os.PathLike) -> str:
+    """Hex sha256 of the two ends of a file, for `Shard.head`: two reads, whatever its size."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        first = file.read(FIRST_BYTES)
+        file.seek(max(0, size - LAST_BYTES))
+        return hashlib.sha256(first + file.read(LAST_BYTES)).hexdigest()
 
 
 def file_sha256(path: str | os.PathLike) -> str:

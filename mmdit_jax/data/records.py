@@ -25,6 +25,7 @@ import contextlib
 import math
 import os
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,7 +35,7 @@ import msgpack
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from mmdit_jax.data.manifest import Shard, file_sha256
+from mmdit_jax.data.manifest import Shard, file_head, file_sha256
 
 # What an array may hold. Object and void arrays are absent on purpose: they would need pickle.
 DTYPES = {
@@ -51,6 +52,9 @@ WRITER_OPTIONS = "group_size:1,uncompressed"
 # defaults; a footer of 64 KiB instead of 1 MiB opens a shard three times as fast.
 READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0,footer_prefetch_bytes:65536"
 READER_BUFFER = 32768
+# Waited before further attempts to read a record, because a network file system fails now and then.
+# No longer for a shard that failed them all: its records are damaged, or it is gone.
+RETRY_SECONDS = (0.1, 0.5)
 
 
 def encode_record(record: Mapping[str, Any]) -> bytes:
@@ -183,8 +187,9 @@ class ShardWriter:
         """Finishes the file, hashes it, gives it its name; returns its entry in the manifest."""
         self._writer.close()
         size, sha256 = self._partial.stat().st_size, file_sha256(self._partial)
+        head = file_head(self._partial)
         os.replace(self._partial, self._path)
-        self.shard = Shard(self._file, self._bucket, self._records, size, sha256)
+        self.shard = Shard(self._file, self._bucket, self._records, size, sha256, head)
         return self.shard
 
     def __enter__(self) -> "ShardWriter":
@@ -212,6 +217,7 @@ class ShardReader:
         self._paths = [os.path.join(directory, shard.file) for shard in shards]
         self._shards, self._limit = shards, open_shards
         self._readers: OrderedDict[int, ArrayRecordReader] = OrderedDict()
+        self._failed: set[int] = set()
         self._lock = threading.Lock()
 
     def where(self, shard: int, index: int) -> str:
@@ -225,15 +231,24 @@ class ShardReader:
           ValueError: The shard cannot be opened or has lost records, or the record fails its
             checksum.
         """
-        reader = self._reader(shard)
-        try:
-            return reader.read([index])[0]
-        except (ValueError, RuntimeError, IndexError) as error:
-            # The one place where a damaged record shows: a policy to substitute it belongs here.
-            raise ValueError(
-                f"{self.where(shard, index)} is damaged ({error}): "
-                "copy the shard again or rebuild it"
-            ) from error
+        waits = [0.0, *([] if shard in self._failed else RETRY_SECONDS)]
+        reader_of = self._reader
+        while True:
+            try:
+                return reader_of(shard).read([index])[0]
+            except (ValueError, RuntimeError, IndexError, OSError) as error:
+                if not waits:
+                    self._failed.add(shard)
+                    raise ValueError(
+                        f"{self.where(shard, index)} is damaged ({error}): "
+                        "copy the shard again or rebuild it"
+                    ) from error
+            # Further attempts open the file again, and share the reader with no other thread: that
+            # one may have failed in it.
+            with self._lock:
+                self._readers.pop(shard, None)
+            reader_of = self._open
+            time.sleep(waits.pop(0))
 
     def _reader(self, shard: int) -> ArrayRecordReader:
         with self._lock:

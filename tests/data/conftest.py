@@ -2,6 +2,7 @@
 
 import pytest
 
+from mmdit_jax.data import records
 from tests.data.making import build
 
 
@@ -20,6 +21,12 @@ def bucketed(tmp_path_factory):
     layout = [(0, 9), (1, 6), (0, 20), (2, 3), (1, 7)]
     build(directory, layout, [(0, 2), (1, 2)], sizes=((4, 4), (2, 8), (8, 2)))
     return directory
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    """What cannot be read is given up at once."""
+    monkeypatch.setattr(records, "RETRY_SECONDS", ())
 
 
 @pytest.fixture(params=["plain", "bucketed"])

@@ -2,12 +2,22 @@
 
 import dataclasses
 import json
+import math
 import os
+import shutil
 import time
 
 import pytest
 
-from mmdit_jax.data.manifest import SCHEMA, Bucket, Manifest, Shard, file_sha256, fits
+from mmdit_jax.data.manifest import (
+    SCHEMA,
+    Bucket,
+    Manifest,
+    Shard,
+    file_head,
+    file_sha256,
+    fits,
+)
 
 EXPECTED = {
     "resolution": 256,
@@ -24,7 +34,8 @@ def _manifest(directory, shards=3, size=100):
     for number in range(shards):
         path = directory / f"{number}.arrayrecord"
         path.write_bytes(bytes([number % 256]) * size)
-        entries.append(Shard(path.name, number % 2, 10, size, file_sha256(path)))
+        hashes = file_sha256(path), file_head(path)
+        entries.append(Shard(path.name, number % 2, 10, size, *hashes))
     return Manifest(
         splits={"train": tuple(entries[:-1]), "validation": tuple(entries[-1:])},
         buckets=(Bucket(256, 256), Bucket(192, 320)),
@@ -38,6 +49,15 @@ def _manifest(directory, shards=3, size=100):
         source="shapes",
         build={"arguments": ["--resolution=256"]},
     )
+
+
+GOLDEN = "c6772c068cc0942ad62c6ba6c74b299bdef3fa23617a7aac2261746b11a91405"
+
+
+def _fixed():
+    shards = (Shard("a.arrayrecord", 0, 10, 1000, "ab"), Shard("b.arrayrecord", 1, 5, 500, "cd"))
+    sizes = (Bucket(256, 256), Bucket(192, 320))
+    return Manifest({"train": shards[:1], "validation": shards[1:]}, sizes, {}, {}, 256, "shapes")
 
 
 @pytest.fixture
@@ -76,7 +96,7 @@ def test_a_missing_data_set_says_how_to_build_one(tmp_path):
 def test_another_schema_prints_both_versions(saved):
     _edit(saved[0], schema=SCHEMA + 1, unknown_field=1)
     with pytest.raises(
-        ValueError, match=f"schema {SCHEMA + 1}, this version reads schema 1 and {SCHEMA}"
+        ValueError, match=f"schema {SCHEMA + 1}, this version reads schema 1 to {SCHEMA}"
     ):
         Manifest.load(saved[0])
 
@@ -93,12 +113,62 @@ def test_a_data_set_from_before_there_was_a_choice_of_text_is_full_and_in_half_p
     assert loaded.fingerprint() == manifest.fingerprint()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '"schema"', "\x80"])
+def test_a_data_set_from_before_there_were_heads_opens_and_is_the_same(saved):
+    directory, manifest = saved
+    path = directory / "manifest.json"
+    fields = json.loads(path.read_text())
+    for shard in (shard for shards in fields["splits"].values() for shard in shards):
+        del shard["head"]
+    path.write_text(json.dumps(fields | {"schema": 2}))
+    loaded = Manifest.load(directory)
+    assert {shard.head for shards in loaded.splits.values() for shard in shards} == {""}
+    assert loaded.fingerprint() == manifest.fingerprint()
+    # As the version before heads computed it, for a checkpoint that remembers it.
+    assert _fixed().fingerprint() == GOLDEN
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "[]", "{}", '"schema"', "\x80"])
 def test_damaged_json_is_one_clear_error(saved, text):
     (saved[0] / "manifest.json").write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match="manifest.json is not a manifest") as error:
         Manifest.load(saved[0])
     assert "\n" not in str(error.value)
+
+
+def _entry(**changes):
+    return {"file": "a", "bucket": 0, "records": 1, "bytes": 1, "sha256": ""} | changes
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+@pytest.mark.parametrize(
+    "file", ["../a", "/etc/passwd", "a/../../b", "..", "", ".", "a\0b", "\ud800"]
+)
+def test_a_shard_outside_of_the_directory_is_refused(saved, file, split):
+    _edit(saved[0], splits={"train": [_entry()], split: [_entry(file=file)]})
+    with pytest.raises(ValueError, match="is not inside the directory of the data set"):
+        Manifest.load(saved[0], check_shards=False)
+
+
+def test_a_link_out_of_the_directory_is_refused_and_one_inside_is_not(saved, tmp_path_factory):
+    directory, manifest = saved
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    shutil.move(directory / "2.arrayrecord", elsewhere)
+    (directory / "2.arrayrecord").symlink_to(elsewhere / "2.arrayrecord")
+    with pytest.raises(ValueError, match="1 of 3 shards.* 2.arrayrecord .leads out of the direc"):
+        Manifest.load(directory)
+    shutil.move(elsewhere / "2.arrayrecord", directory / "stored")
+    (directory / "2.arrayrecord").unlink()
+    (directory / "2.arrayrecord").symlink_to("stored")
+    Manifest.load(directory)
+    (elsewhere / "link").symlink_to(directory)
+    Manifest.load(elsewhere / "link")
+    (directory / "folder").symlink_to(elsewhere)
+    (directory / "2.arrayrecord").unlink()
+    shutil.move(directory / "stored", elsewhere / "2.arrayrecord")
+    last = dataclasses.replace(manifest.splits["validation"][0], file="folder/2.arrayrecord")
+    dataclasses.replace(manifest, splits={**manifest.splits, "validation": (last,)}).save(directory)
+    with pytest.raises(ValueError, match="folder/2.arrayrecord .leads out of the directory"):
+        Manifest.load(directory)
 
 
 @pytest.mark.parametrize(
@@ -113,6 +183,16 @@ def test_damaged_json_is_one_clear_error(saved, text):
         ({"caption_mix": {"original": 0}}, "caption_mix"),
         ({"caption_mix": {"original": -1, "synthetic": 2}}, "caption_mix"),
         ({"caption_mix": {}}, "caption_mix"),
+        ({"caption_mix": {"original": math.inf}}, "caption_mix"),
+        ({"buckets": [{"height": "8", "width": 8}]}, "'8' is no size"),
+        ({"buckets": [{"height": 8, "width": 0}]}, "0 is no size"),
+        ({"autoencoder": [1]}, "is no object"),
+        ({"text_encoders": {"t5": 77}}, "77 is no object"),
+        ({"splits": {"train": [_entry(records=-1)]}}, "-1 is no count"),
+        ({"splits": {"train": [_entry(records=10**30)]}}, "is no count"),
+        ({"splits": {"train": [_entry(bytes=1.0)]}}, "1.0 is no count"),
+        ({"splits": {"train": [_entry(bucket=True)]}}, "True is no count"),
+        ({"splits": {"train": [_entry(file=7)]}}, "does not follow schema"),
     ],
 )
 def test_contents_that_cannot_be_are_refused(saved, changes, rule):
@@ -135,12 +215,43 @@ def test_every_missing_or_resized_shard_is_listed_at_once(saved):
     assert Manifest.load(directory, check_shards=False).resolution == 256
 
 
-def test_contents_are_hashed_when_asked(saved):
-    directory, manifest = saved
-    (directory / "1.arrayrecord").write_bytes(b"x" * 100)
-    manifest.check_shards(directory)
+def test_swapped_and_replaced_shards_of_equal_size_are_listed(saved):
+    directory, _ = saved
+    os.rename(directory / "0.arrayrecord", directory / "kept")
+    os.rename(directory / "2.arrayrecord", directory / "0.arrayrecord")  # of the validation split
+    os.rename(directory / "kept", directory / "2.arrayrecord")
+    (directory / "1.arrayrecord").unlink()
+    (directory / "1.arrayrecord").mkdir()
+    with pytest.raises(ValueError) as error:
+        Manifest.load(directory)
+    message = str(error.value)
+    assert message.startswith("3 of 3 shards")
+    assert "0.arrayrecord (other contents than when written)" in message
+    assert "2.arrayrecord (other contents than when written)" in message
+    assert "1.arrayrecord (not a file)" in message
+
+
+def test_contents_are_hashed_when_asked(tmp_path):
+    manifest = _manifest(tmp_path, size=100_000)
+    with open(tmp_path / "1.arrayrecord", "r+b") as file:
+        file.seek(30_000)
+        file.write(b"x")
+    checked = []
+    manifest.check_shards(tmp_path, checked=checked.append)
+    assert [shard.file for shard in checked] == [f"{n}.arrayrecord" for n in range(3)]
     with pytest.raises(ValueError, match="1 of 3 shards.*1.arrayrecord [(]other contents"):
-        manifest.check_shards(directory, contents=True)
+        manifest.check_shards(tmp_path, contents=True)
+
+
+@pytest.mark.parametrize("size", [0, 10, 5000, 65_000, 80_000])
+def test_a_head_follows_both_ends_of_a_file_of_any_size(tmp_path, size):
+    path = tmp_path / "a"
+    path.write_bytes(bytes(size))
+    heads = {file_head(path)}
+    for place in {0, size - 1} if size else ():
+        path.write_bytes(bytes(place) + b"x" + bytes(size - place - 1))
+        heads.add(file_head(path))
+    assert len(heads) == (3 if size else 1)
 
 
 def test_ten_thousand_shards_load_in_seconds(tmp_path):
@@ -193,6 +304,7 @@ def test_a_fingerprint_follows_everything_that_numbers_the_samples(saved):
         dataclasses.replace(first, bytes=101),
         dataclasses.replace(first, sha256="0"),
     ]
+    same = dataclasses.replace(first, head="0")
     variants = [(shard, *rest) for shard in changed] + [(*rest, first), tuple(rest)]
     prints = [
         dataclasses.replace(manifest, splits={**manifest.splits, "train": shards}).fingerprint()
@@ -202,4 +314,6 @@ def test_a_fingerprint_follows_everything_that_numbers_the_samples(saved):
     prints.append(manifest.fingerprint())
     assert len(set(prints)) == len(prints)
     assert dataclasses.replace(manifest, source="elsewhere").fingerprint() == prints[-1]
+    splits = {**manifest.splits, "train": (same, *rest)}
+    assert dataclasses.replace(manifest, splits=splits).fingerprint() == prints[-1]
     assert Manifest.load(saved[0]).fingerprint() == prints[-1]

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import hashlib
+import itertools
 import pickle
 
 import msgpack
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordReader
 
+from mmdit_jax.data import records
 from mmdit_jax.data.manifest import Shard
 from mmdit_jax.data.records import (
     DTYPES,
@@ -123,7 +125,10 @@ def _value(reader, shard, index):
 def test_a_shard_entry_describes_the_file(tmp_path):
     shard = _write(tmp_path / "new", "a.arrayrecord", range(7))
     content = (tmp_path / "new" / "a.arrayrecord").read_bytes()
-    assert shard == Shard("a.arrayrecord", 1, 7, len(content), hashlib.sha256(content).hexdigest())
+    whole, head = (
+        hashlib.sha256(part).hexdigest() for part in (content, content[:4096] + content[-65536:])
+    )
+    assert shard == Shard("a.arrayrecord", 1, 7, len(content), whole, head)
     options = ArrayRecordReader(str(tmp_path / "new" / "a.arrayrecord")).writer_options_string()
     assert "group_size:1," in options and "uncompressed" in options
 
@@ -156,6 +161,42 @@ def test_a_flipped_byte_names_shard_and_record(tmp_path):
     assert [_value(reader, 0, index) for index in (0, 1, 2, 4)] == [0, 1, 2, 4]
     with pytest.raises(ValueError, match="a.arrayrecord record 3 is damaged"):
         reader.read(0, 3)
+    assert [_value(reader, 0, index) for index in (0, 1, 2, 4)] == [0, 1, 2, 4]
+
+
+class _Failing:
+    """An ArrayRecordReader of a file system that fails now and then, or loses a file."""
+
+    fails = iter(())
+
+    def __init__(self, *arguments, **settings):
+        self._reader = ArrayRecordReader(*arguments, **settings)
+
+    def num_records(self):
+        return 0 if next(self.fails, None) == "open" else self._reader.num_records()
+
+    def read(self, indices):
+        if next(self.fails, None) == "read":
+            raise OSError(5, "Input/output error")
+        return self._reader.read(indices)
+
+
+def test_a_file_system_that_fails_now_and_then_is_asked_again(tmp_path, monkeypatch):
+    shard = _write(tmp_path, "a.arrayrecord", range(5))
+    waited = []
+    monkeypatch.setattr(records, "RETRY_SECONDS", (0.1, 0.5))
+    monkeypatch.setattr(records, "ArrayRecordReader", _Failing)
+    monkeypatch.setattr(records.time, "sleep", waited.append)
+    reader = ShardReader(tmp_path, [shard], 4)
+    _Failing.fails = iter(["open", "", "", "read"])
+    assert _value(reader, 0, 3) == 3 and waited == [0.0, 0.1]
+    _Failing.fails = itertools.repeat("open")
+    for _ in range(4):  # given up: it does not hold up every record of the shard
+        with pytest.raises(ValueError, match="a.arrayrecord record 3 is damaged.*0 readable"):
+            reader.read(0, 3)
+    assert waited == [0.0, 0.1, 0.0, 0.1, 0.5, 0.0, 0.0, 0.0]
+    _Failing.fails = iter(())  # it came back
+    assert _value(reader, 0, 3) == 3
 
 
 def test_lost_records_are_an_error_and_not_an_empty_shard(tmp_path):
