@@ -241,7 +241,7 @@ def make_hooks(parts: run.Parts, mesh, loader, workdir: str) -> list[Hook]:
 
     if config.samples.every:
         prompts = list(config.samples.prompts) or [
-            held_out.record(i)["captions"][0] for i in range(min(8, held_out.records))
+            held_out.readable_record(i)["captions"][0] for i in range(min(8, held_out.records))
         ]
         sampler = run.make_sampler(
             parts,

@@ -1,30 +1,37 @@
-"""From shards to global batches: grain threads read ahead, every host reads only its own rows.
+"""From shards to global batches: threads read ahead, every host reads only its own rows.
 
 A batch is `{"latent": (B, H, W, C), "text": {name: {"sequence": (B, T, width), "pooled": (B,
-V)}}}`, with one caption per sample, in the dtypes of the shards; text of 8 bits also has its
-"scale" (B, T), and trimmed text the "length" (B,) up to which its sequence is filled. Scaling,
-padding and joining of text happen on the device. All samples of a batch are of one bucket, so B, H
-and W may differ between batches.
+V)}}, "substituted": (B,)}`, with one caption per sample, in the dtypes of the shards; text of 8
+bits also has its "scale" (B, T), and trimmed text the "length" (B,) up to which its sequence is
+filled. Scaling, padding and joining of text happen on the device. All samples of a batch are of one
+bucket, so B, H and W may differ between batches.
+
+A record that cannot be read, or is unlike the others of its bucket, never ends a run by itself:
+another sample of the bucket stands in, "substituted" (uint8) is 1 there, and the log says once what
+was wrong with which record. Which sample it is depends on the seed and the damaged one alone, so it
+is the same on any number of hosts and after a resume.
 """
 
-import copy
-import itertools
+import functools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
-import grain
 import jax
 import numpy as np
+from absl import logging
 
 from mmdit_jax.data import order
+from mmdit_jax.data.fields import BatchFields, Layout, nested
 from mmdit_jax.data.manifest import Bucket, Manifest, fits
+from mmdit_jax.data.prefetch import HostBatches, on_device, rows_of
 from mmdit_jax.data.records import ShardReader, decode_record
 
-# A run ends by its step count; grain wants a length.
-_STEPS = 1 << 62
-_OF_TOKENS = ("/sequence", "/scale")
+SUBSTITUTES = 16
+"""So many samples are tried in the place of a damaged one."""
+
+_T = TypeVar("_T")
 
 
 class Loader:
@@ -51,6 +58,8 @@ class Loader:
         open_shards: int = 512,
         expected: Mapping[str, Any] | None = None,
         earlier: Sequence[tuple[int, int | Sequence[int]]] = (),
+        skips: Sequence[tuple[int, int]] = (),
+        origin: int = 0,
     ):
         """Opens the manifest; shards are opened when they are first read.
 
@@ -69,6 +78,9 @@ class Loader:
             named in it are read.
           earlier: ((until_step, batch_size), ...) when the run had other batch sizes, see
             `order.batch_ids`.
+          skips: ((a, b), ...): the batches with the numbers a to b - 1 of the stream are left out,
+            see `batch_number`.
+          origin: Step at which this data set took the place of another: its stream begins there.
 
         Raises:
           FileNotFoundError: No data set there.
@@ -86,15 +98,23 @@ class Loader:
             )
         self._hosts = jax.process_count() if process_count is None else process_count
         self._host = jax.process_index() if process_index is None else process_index
-        self._seed, self._earlier = seed, tuple(earlier)
-        self._threads, self._prefetch = threads, prefetch
-        self._encoders = tuple((expected or {}).get("text_encoders", self.manifest.text_encoders))
-        self._trimmed = self.manifest.text_storage == "trimmed"
-        self._parts = [
-            "sequence",
-            *(["length"] if self._trimmed else []),
-            *(["scale"] if self.manifest.text_precision != "float16" else []),
-        ]
+        self._seed, self._threads, self._prefetch = seed, threads, prefetch
+        for first, stop in skips:
+            if not 0 <= first < stop:
+                raise ValueError(
+                    f"skipped batches {first}:{stop} are none, they go from a number of at least 0 "
+                    "to a larger one: give others"
+                )
+        self._skips, self._origin = tuple(skips), origin
+        # In numbers of batches. What is skipped right at a change has the size that follows it.
+        self._earlier = tuple(
+            (max(0, self.batch_number(until - 1) + 1), size) for until, size in earlier
+        )
+        encoders = (expected or {}).get("text_encoders", self.manifest.text_encoders)
+        self._fields = BatchFields(self.manifest, encoders)
+        self._layouts: dict[int, Layout] = {}
+        self._damaged: set[int] = set()
+        self._lock = threading.Lock()
 
         # Samples of a split are numbered through its shards in the manifest's order. The samples of
         # a bucket are numbered through its own shards; `_split_ids` leads from the latter to the
@@ -120,28 +140,26 @@ class Loader:
                     "equal part: change batch_size"
                 )
 
+    def batch_number(self, step: int) -> int:
+        """Number in the stream of the batch that `step` takes; what `skips` are given in."""
+        return order.batch_number(step, self._skips, self._origin)
+
     def sample_ids(self, step: int) -> np.ndarray:
         """int64 (B,) numbers within the split of the samples in the global batch of `step`."""
-        bucket, ids = order.batch_ids(
-            self.counts, self._seed, step, self.batch_sizes, self._earlier
-        )
-        return self._split_ids(bucket, ids)
+        return self._batch_ids(self.batch_number(step))[1]
 
     def bucket_of_step(self, step: int) -> int:
         """Index of the bucket that all samples of the batch of `step` come from."""
-        return order.bucket_of_step(self.counts, self._seed, step, self.batch_sizes, self._earlier)
+        return order.bucket_of_step(
+            self.counts, self._seed, self.batch_number(step), self.batch_sizes, self._earlier
+        )
 
     def samples_before(self, step: int) -> np.ndarray:
-        """int64 samples of each bucket in the batches below `step`."""
-        return order.samples_before(self.counts, self._seed, step, self.batch_sizes, self._earlier)
-
-    def batch_number(self, step):
-        return step
-
-    def following(self, *, earlier, skips, origin):
-        other = copy.copy(self)
-        other._earlier = tuple(earlier)
-        return other
+        """int64 samples of each bucket in the batches of the steps from `origin` to `step` - 1."""
+        taken = self._samples_before(self.batch_number(step))
+        for first, stop in order.skipped_before(step, self._skips, self._origin):
+            taken -= self._samples_before(stop) - self._samples_before(first)
+        return taken
 
     def filled_buckets(self) -> list[int]:
         """Indices of the buckets that have samples in this split."""
@@ -149,9 +167,12 @@ class Loader:
 
     def abstract_batch(self, bucket: int) -> dict[str, Any]:
         """Shapes and dtypes of a global batch of a bucket, taken from its first sample."""
-        example = self.examples(self._split_ids(bucket, np.zeros(1, np.int64)))
         size = self.batch_sizes[bucket]
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), example)
+        arrays = {
+            field: jax.ShapeDtypeStruct((size, *shape), dtype)
+            for field, (shape, dtype) in self._layout(bucket).items()
+        }
+        return nested(arrays) | {"substituted": jax.ShapeDtypeStruct((size,), np.uint8)}
 
     def bucket_ids(self, bucket: int) -> np.ndarray:
         """int64 numbers within the split of all samples of a bucket, in stored order."""
@@ -175,22 +196,31 @@ class Loader:
             parts = [size // self._hosts for size in self.batch_sizes]
             rows = [np.arange(part) + self._host * part for part in parts]
         else:
-            rows = [_rows_of(sharding, size) for size in self.batch_sizes]
-        dataset = grain.MapDataset.source(_HostBatches(self, rows))[start_step:]
-        options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=self._prefetch)
-        iterator = iter(dataset.to_iter_dataset(options))
-        iterator.start_prefetch()
-        if sharding is None:
-            return iterator
-        return _on_device(iterator, self, rows, sharding, start_step)
+            rows = [rows_of(sharding, size) for size in self.batch_sizes]
+
+        def part(step: int) -> tuple[int, np.ndarray]:
+            bucket = self.bucket_of_step(step)
+            return self.batch_sizes[bucket], rows[bucket]
+
+        batches = HostBatches(
+            lambda step: self.host_batch(step, part(step)[1]),
+            start_step,
+            threads=self._threads,
+            prefetch=self._prefetch,
+        )
+        return batches if sharding is None else on_device(batches, part, sharding, start_step)
 
     def host_batch(self, step: int, rows: np.ndarray) -> dict[str, Any]:
-        """Rows `rows` (int64, of the global batch) of the batch of `step`, as numpy arrays."""
-        draws = order.caption_draws(self._seed, step, rows)
-        mix = self.manifest.caption_mix
+        """Rows `rows` (int64, of the global batch) of the batch of `step`, as numpy arrays.
+
+        Raises:
+          ValueError: A damaged sample, and all that could stand in for it are damaged as well.
+        """
+        number = self.batch_number(step)
+        draws, mix = order.caption_draws(self._seed, number, rows), self.manifest.caption_mix
+        bucket, ids = self._batch_ids(number)
         return self._assemble(
-            self.sample_ids(step)[rows],
-            lambda place, kinds: order.choose_caption(kinds, mix, draws[place]),
+            bucket, ids[rows], lambda place, kinds: order.choose_caption(kinds, mix, draws[place])
         )
 
     def examples(self, ids: Sequence[int] | np.ndarray, caption: int = 0) -> dict[str, Any]:
@@ -204,22 +234,38 @@ class Loader:
           A batch of numpy arrays.
         """
         ids = np.asarray(ids, np.int64)
-        buckets = {self._shards[self._place(number)[0]].bucket for number in ids}
+        buckets = {self._bucket(number) for number in ids}
         if len(buckets) != 1:
             raise ValueError(
                 f"{len(ids)} samples are in the buckets {sorted(buckets)}, a batch has samples of "
                 "one: take ids of one bucket"
             )
-        return self._assemble(ids, lambda _, kinds: min(caption, len(kinds) - 1))
+        return self._assemble(buckets.pop(), ids, lambda _, kinds: min(caption, len(kinds) - 1))
 
     def record(self, number: int) -> dict[str, Any]:
-        """Every field of sample `number` of the split."""
+        """Every field of sample `number` of the split; ValueError when it is damaged."""
         shard, index = self._place(number)
         return decode_record(self._reader.read(shard, index), self._reader.where(shard, index))
+
+    def readable_record(self, number: int) -> dict[str, Any]:
+        """Every field of sample `number` of the split, or of the one that stands in for it."""
+        return self._first_readable(self._candidates(number), self.record)[0]
 
     def where(self, number: int) -> str:
         """File and index of sample `number` of the split, for a message."""
         return self._reader.where(*self._place(number))
+
+    def _batch_ids(self, number: int) -> tuple[int, np.ndarray]:
+        """Bucket and samples (numbers within the split) of the batch with this number."""
+        bucket, ids = order.batch_ids(
+            self.counts, self._seed, number, self.batch_sizes, self._earlier
+        )
+        return bucket, self._split_ids(bucket, ids)
+
+    def _samples_before(self, number: int) -> np.ndarray:
+        return order.samples_before(
+            self.counts, self._seed, number, self.batch_sizes, self._earlier
+        )
 
     def _place(self, number: int) -> tuple[int, int]:
         if not 0 <= number < self.records:
@@ -230,167 +276,82 @@ class Loader:
         shard = int(np.searchsorted(self._shard_ends, number, side="right"))
         return shard, int(number - (self._shard_ends[shard - 1] if shard else 0))
 
+    def _bucket(self, number: int) -> int:
+        return self._shards[self._place(number)[0]].bucket
+
     def _split_ids(self, bucket: int, ids: np.ndarray) -> np.ndarray:
         ends, shards = self._bucket_ends[bucket], self._bucket_shards[bucket]
         place = np.searchsorted(ends, ids, side="right")
         # Counted from the end of its shard, a sample is equally far in both numberings.
         return self._shard_ends[shards[place]] - (ends[place] - ids)
 
-    def _assemble(self, ids: np.ndarray, choose: Callable[[int, list[str]], int]) -> dict[str, Any]:
+    def _assemble(
+        self, bucket: int, ids: np.ndarray, choose: Callable[[int, list[str]], int]
+    ) -> dict[str, Any]:
         """Reads samples one by one and copies the chosen caption of each into new arrays.
 
         One by one, because a record of 1 MB is then still in the processor's cache when it is
-        copied. New arrays, because JAX may alias the memory that it is given (it does on CPU).
+        copied.
         """
-        stacked: dict[str, np.ndarray] = {}
-        for place, number in enumerate(ids):
-            record = self.record(number)
-            fields = self._fields(record, number, lambda kinds, place=place: choose(place, kinds))
-            if not stacked:
-                self._check_size(number, fields["latent"])
-                # Zeros for the tokens that trimmed text leaves out; elsewhere all is written.
-                allocate = np.zeros if self._trimmed else np.empty
-                stacked = {
-                    field: allocate((len(ids), *self._room(field, value)), value.dtype)
-                    for field, value in fields.items()
-                }
-            for field, target in stacked.items():
-                value = fields.get(field)
-                shape = None if value is None else self._room(field, value)
-                if value is None or shape != target.shape[1:] or value.dtype != target.dtype:
-                    held = "absent" if value is None else f"{value.dtype}{list(value.shape)}"
-                    raise ValueError(
-                        f"{self.where(number)}, field {field!r} is {held}, the others of its "
-                        f"batch are {target.dtype}{list(target.shape[1:])}: rebuild the data set"
-                    )
-                target[place, *map(slice, value.shape)] = value
-        text: dict[str, dict[str, np.ndarray]] = {}
-        for field, value in stacked.items():
-            if field != "latent":
-                _, name, part = field.split("/")
-                text.setdefault(name, {})[part] = value
-        return {"latent": stacked["latent"], "text": text}
+        layout = self._layout(bucket)
+        arrays = self._fields.allocate(layout, len(ids))
+        substituted = np.zeros(len(ids), np.uint8)
 
-    def _room(self, field: str, value: np.ndarray) -> tuple[int, ...]:
-        """Shape that one sample takes in a batch: every caption has the tokens of the longest."""
-        if not self._trimmed or not field.endswith(_OF_TOKENS):
-            return value.shape
-        return self.manifest.text_encoders[field.split("/")[1]]["length"], *value.shape[1:]
-
-    def _check_size(self, number: int, latent: np.ndarray) -> None:
-        """Refuses a latent that is not of the size of its bucket."""
-        bucket = self.manifest.buckets[self._shards[self._place(number)[0]].bucket]
-        factor = self.manifest.autoencoder.get("factor")
-        if factor and latent.shape[:2] != (bucket.height // factor, bucket.width // factor):
-            raise ValueError(
-                f"{self.where(number)} has a latent of {latent.shape[0]} x {latent.shape[1]}, its "
-                f"bucket of {bucket.height} x {bucket.width} px has latents of "
-                f"{bucket.height // factor} x {bucket.width // factor}: rebuild the data set"
-            )
-
-    def _fields(
-        self, record: dict[str, Any], number: int, choose: Callable[[list[str]], int]
-    ) -> dict[str, np.ndarray]:
-        """The arrays of one sample that go into a batch, text with one caption only."""
-        needed = [f"text/{name}/{part}" for name in self._encoders for part in self._parts]
-        for field in ("latent", *needed, *(("caption_kinds",) if needed else ())):
-            if field not in record:
-                raise ValueError(
-                    f"{self.where(number)} has no field {field!r}, it has {', '.join(record)}: "
-                    "rebuild the data set"
-                )
-        fields = {"latent": record["latent"]}
-        if not self._encoders:
+        def read(number: int, place: int) -> dict[str, np.ndarray]:
+            where = self.where(number)
+            fields = self._fields.take(self.record(number), where, functools.partial(choose, place))
+            self._fields.check(fields, layout, where)
             return fields
-        kinds = record["caption_kinds"]
-        parts = [(name, part) for name in self._encoders for part in (*self._parts, "pooled")]
-        texts = [field for field in (f"text/{n}/{p}" for n, p in parts) if field in record]
-        ragged = [field for field in texts if self._trimmed and field.endswith(_OF_TOKENS)]
-        for field in texts:
-            if field not in ragged and not 0 < len(kinds) == len(record[field]):
-                raise ValueError(
-                    f"{self.where(number)}, field {field!r} has {len(record[field])} captions, "
-                    f"caption_kinds has {len(kinds)}, both are equal and at least 1: "
-                    "rebuild the data set"
-                )
-        chosen = choose(kinds)
-        for field in texts:
-            fields[field] = record[field][
-                self._tokens(record, field, number, chosen) if field in ragged else chosen
-            ]
-        return fields
 
-    def _tokens(self, record: dict[str, Any], field: str, number: int, caption: int) -> slice:
-        """Where in a field of trimmed text the tokens of a caption are."""
-        name = field.split("/")[1]
-        lengths, most = record[f"text/{name}/length"], self.manifest.text_encoders[name]["length"]
-        if lengths.sum() != len(record[field]) or lengths.min() < 0 or lengths.max() > most:
-            raise ValueError(
-                f"{self.where(number)}, field {field!r} has {len(record[field])} tokens, its "
-                f"captions have {lengths.tolist()} of at most {most}: rebuild the data set"
+        for place, number in enumerate(ids):
+            fields, attempt = self._first_readable(
+                self._candidates(int(number)), functools.partial(read, place=place)
             )
-        start = int(lengths[:caption].sum())
-        return slice(start, start + int(lengths[caption]))
+            substituted[place] = attempt > 0
+            for field, value in fields.items():
+                arrays[field][place, *map(slice, value.shape)] = value
+        return nested(arrays) | {"substituted": substituted}
 
+    def _layout(self, bucket: int) -> Layout:
+        """What a sample of a bucket looks like, by the first one that can be read."""
+        if bucket not in self._layouts:
 
-class _HostBatches:
-    """A grain source whose item number `step` is this host's part of the batch of `step`.
+            def read(number: int) -> Layout:
+                where = self.where(number)
+                fields = self._fields.take(self.record(number), where, lambda _: 0)
+                return self._fields.layout(fields, where, self.manifest.buckets[bucket])
 
-    `rows`: of the global batch, for each bucket.
-    """
+            first = np.arange(min(self.counts[bucket], SUBSTITUTES + 1))
+            self._layouts[bucket] = self._first_readable(
+                map(int, self._split_ids(bucket, first)), read
+            )[0]
+        return self._layouts[bucket]
 
-    def __init__(self, loader: Loader, rows: Sequence[np.ndarray]):
-        self._loader, self._rows = loader, rows
+    def _candidates(self, number: int) -> Iterator[int]:
+        """A sample, and those that may stand in for it, in the order in which they are tried."""
+        yield number
+        bucket = self._bucket(number)
+        count = self.counts[bucket]
+        for attempt in range(min(SUBSTITUTES, count)):
+            other = np.array([order.substitute(count, self._seed, number, attempt)])
+            yield int(self._split_ids(bucket, other)[0])
 
-    def __len__(self) -> int:
-        return _STEPS
-
-    def __getitem__(self, step: int) -> dict[str, Any]:
-        step = int(step)
-        return self._loader.host_batch(step, self._rows[self._loader.bucket_of_step(step)])
-
-
-def _rows_of(sharding: jax.sharding.Sharding, batch_size: int) -> np.ndarray:
-    """The rows of a global batch that this host's devices hold, in rising order."""
-    slices = sharding.addressable_devices_indices_map((batch_size,)).values()
-    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in slices]))
-
-
-def _on_device(
-    batches: grain.DatasetIterator,
-    loader: Loader,
-    rows: Sequence[np.ndarray],
-    sharding: jax.sharding.Sharding,
-    start_step: int,
-) -> Iterator[dict[str, Any]]:
-    """Global arrays of host batches from `start_step` on, one batch ahead.
-
-    `rows`: of the global batch that a host batch holds, for each bucket.
-    """
-    steps = itertools.count(start_step)
-
-    def place(local: np.ndarray, batch_size: int, held: np.ndarray) -> jax.Array:
-        def on_one_device(index: tuple[slice, ...]) -> np.ndarray:
-            start, stop, _ = index[0].indices(batch_size)
-            first = int(np.searchsorted(held, start))
-            return local[(slice(first, first + stop - start), *index[1:])]
-
-        return jax.make_array_from_callback((batch_size, *local.shape[1:]), sharding, on_one_device)
-
-    # A thread of its own, so that a slow read never holds back the batch that is already here.
-    pool = ThreadPoolExecutor(1, thread_name_prefix="batch_to_device")
-
-    def following() -> dict[str, Any]:
-        bucket = loader.bucket_of_step(next(steps))
-        size, held = loader.batch_sizes[bucket], rows[bucket]
-        return jax.tree.map(lambda local: place(local, size, held), next(batches))
-
-    ahead = pool.submit(following)
-    try:
-        while True:
-            batch = ahead.result()
-            ahead = pool.submit(following)
-            yield batch
-    finally:
-        pool.submit(batches.close)
-        pool.shutdown(wait=False)
+    def _first_readable(self, numbers: Iterable[int], read: Callable[[int], _T]) -> tuple[_T, int]:
+        """What `read` makes of the first sample that it can read, and how many it could not."""
+        reasons: dict[int, str] = {}
+        for number in numbers:
+            try:
+                return read(number), len(reasons)
+            except ValueError as error:
+                reasons[number] = str(error)
+            with self._lock:
+                known = number in self._damaged
+                self._damaged.add(number)
+            if not known:
+                logging.warning("damaged record: %s", reasons[number])
+        raise ValueError(
+            f"{len(reasons)} samples of a bucket cannot be read, and one of them has to: "
+            f"{next(iter(reasons.values()))}; the others are "
+            f"{', '.join(map(self.where, list(reasons)[1:])) or 'none'}; "
+            "python -m data_pipelines.verify lists every damaged shard"
+        )

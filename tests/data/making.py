@@ -1,10 +1,13 @@
 """Small data sets whose samples say their number."""
 
+import dataclasses
 import itertools
+from pathlib import Path
 
 import numpy as np
 
-from mmdit_jax.data.manifest import Bucket, Manifest
+from mmdit_jax.data.loader import Loader
+from mmdit_jax.data.manifest import Bucket, Manifest, file_head
 from mmdit_jax.data.records import ShardWriter
 from mmdit_jax.encoders.storage import store
 
@@ -48,6 +51,21 @@ def stored(record, text, tokens, trimmed, precision):
             fields["length"] = lengths
         record |= {prefix + kind: values for kind, values in fields.items()}
     return record
+
+
+def damage(directory, number, split="train"):
+    """Flips one bit of the latent of a sample, where the check at the start does not look."""
+    loader = Loader(directory, split=split, batch_size=1, seed=0)
+    path = Path(loader.where(number).rpartition(" record ")[0])
+    content, latent = bytearray(path.read_bytes()), loader.record(number)["latent"].tobytes()
+    content[content.index(latent) + 7] ^= 4
+    path.write_bytes(content)
+    shards = tuple(
+        dataclasses.replace(shard, head=file_head(path)) if shard.file == path.name else shard
+        for shard in loader.manifest.splits[split]
+    )
+    splits = {**loader.manifest.splits, split: shards}
+    dataclasses.replace(loader.manifest, splits=splits).save(directory)
 
 
 def build(

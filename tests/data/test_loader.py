@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mmdit_jax.data.loader import Loader
 from mmdit_jax.data.manifest import Bucket, Manifest
 from mmdit_jax.data.records import ShardWriter
-from tests.data.making import TEXT, TOKENS, build, record_of
+from tests.data.making import TEXT, TOKENS, build, damage, record_of
 
 
 def _take(loader, steps, start=0, sharding=None):
@@ -38,7 +39,12 @@ def test_a_batch_has_the_contract_shapes_and_dtypes(plain):
     text = {name: {"sequence": ((8, TOKENS, w), "float16")} for name, (w, _) in TEXT.items()}
     text["clip_l"]["pooled"] = ((8, 3), "float32")
     text["clip_g"]["pooled"] = ((8, 5), "float32")
-    assert shapes == {"latent": ((8, 4, 4, 2), "float16"), "text": text}
+    assert shapes == {
+        "latent": ((8, 4, 4, 2), "float16"),
+        "text": text,
+        "substituted": ((8,), "uint8"),
+    }
+    assert not batch["substituted"].any()
     assert list(batch["text"]) == ["clip_l", "clip_g", "t5"]
 
 
@@ -167,6 +173,65 @@ def test_another_batch_size_goes_on_where_the_run_stopped(plain):
     np.testing.assert_array_equal(np.sort(stream[:41]), np.arange(41))
 
 
+SKIPS = ((3, 5), (9, 14))
+
+
+def test_skipped_batches_are_left_out_and_all_others_are_the_same(bucketed):
+    whole = Loader(bucketed, batch_size=by_area, seed=1)
+    loader = Loader(bucketed, batch_size=by_area, seed=1, skips=SKIPS)
+    numbers = [*range(3), *range(5, 9), *range(14, 22)]
+    trained = np.zeros(3, int)
+    batches = _take(loader, len(numbers))
+    for step, (number, batch) in enumerate(zip(numbers, batches, strict=True)):
+        assert loader.batch_number(step) == number
+        assert loader.bucket_of_step(step) == whole.bucket_of_step(number)
+        np.testing.assert_array_equal(loader.sample_ids(step), whole.sample_ids(number))
+        rows = np.arange(len(batch["latent"]))
+        _assert_same(batch, whole.host_batch(number, rows))  # with the same captions
+        np.testing.assert_array_equal(loader.samples_before(step), trained)
+        trained[loader.bucket_of_step(step)] += len(rows)
+
+
+def test_skipped_batches_are_left_out_after_a_change_of_batch_size(bucketed):
+    """Steps below 4 had batches of 8, then came a change; numbers 2 and 6 to 8 are left out."""
+    before = Loader(bucketed, batch_size=8, seed=1)
+    settings = dict(batch_size=16, seed=1)
+    whole = Loader(bucketed, earlier=((5, 8),), **settings)
+    loader = Loader(bucketed, earlier=((4, 8),), skips=((2, 3), (6, 9)), **settings)
+    numbers = [0, 1, 3, 4, 5, 9, 10, 11]
+    trained = np.zeros(3, int)
+    for step, number in enumerate(numbers):
+        np.testing.assert_array_equal(loader.samples_before(step), trained)
+        if step < 4:  # only counted: the run that took them had another batch size
+            trained[before.bucket_of_step(number)] += 8
+            continue
+        np.testing.assert_array_equal(loader.sample_ids(step), whole.sample_ids(number))
+        trained[whole.bucket_of_step(number)] += 16
+
+
+def test_what_is_skipped_right_at_a_change_of_batch_size_has_the_new_size(plain):
+    whole = Loader(plain, batch_size=10, seed=1, earlier=((4, 6),))
+    loader = Loader(plain, batch_size=10, seed=1, earlier=((4, 6),), skips=((4, 6),))
+    np.testing.assert_array_equal(loader.sample_ids(4), whole.sample_ids(6))
+    assert loader.samples_before(4) == 24 and loader.samples_before(5) == 34
+
+
+def test_another_data_set_begins_at_its_first_batch(plain):
+    whole = Loader(plain, batch_size=8, seed=1)
+    loader = Loader(plain, batch_size=8, seed=1, origin=100, skips=((1, 2),))
+    for step, number in ((100, 0), (101, 2), (110, 11)):
+        _assert_same(loader.host_batch(step, np.arange(8)), whole.host_batch(number, np.arange(8)))
+        assert loader.samples_before(step) == 8 * (step - 100)
+    with pytest.raises(ValueError, match="steps start at 0"):
+        loader.sample_ids(99)
+
+
+@pytest.mark.parametrize("skip", [(-1, 3), (3, 3), (4, 3)])
+def test_skipped_batches_that_cannot_be_are_refused(plain, skip):
+    with pytest.raises(ValueError, match=f"skipped batches {skip[0]}:{skip[1]} are none"):
+        Loader(plain, batch_size=8, seed=1, skips=(skip,))
+
+
 @pytest.mark.parametrize("devices", [1, 2, 8])
 def test_the_global_array_is_the_same_on_any_number_of_devices(directory, devices):
     mesh = jax.make_mesh((devices,), ("data",), devices=jax.devices()[:devices])
@@ -248,17 +313,42 @@ def test_settings_that_do_not_fit_the_data_set_are_refused(plain):
 
 
 @pytest.mark.parametrize("threads", [0, 3])
-def test_a_damaged_record_stops_with_shard_and_index(tmp_path, threads):
-    build(tmp_path, [(0, 5), (0, 6)])
-    latent = Loader(tmp_path, batch_size=11, seed=0).record(5 + 2)["latent"]
-    path = tmp_path / "train-00001.arrayrecord"
-    content = bytearray(path.read_bytes())
-    content[content.index(latent.tobytes()) + 7] ^= 4  # one bit
-    path.write_bytes(content)
-    for sharding in (None, jax.sharding.SingleDeviceSharding(jax.devices()[0])):
-        batches = Loader(tmp_path, batch_size=11, seed=0, threads=threads).batches(0, sharding)
-        with pytest.raises(ValueError, match="train-00001.arrayrecord record 2 is damaged"):
-            next(batches)
+def test_a_sample_stands_in_for_a_damaged_record_of_its_bucket(tmp_path, threads, caplog):
+    build(tmp_path, [(0, 5), (1, 4), (0, 6)], sizes=((4, 4), (2, 8)))
+    damage(tmp_path, 9 + 2)
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    for place in (None, sharding):
+        loader = Loader(tmp_path, batch_size=11, seed=0, threads=threads)
+        for step, batch in enumerate(_take(loader, 6, sharding=place)):
+            ids, numbers = loader.sample_ids(step), _numbers(batch)
+            np.testing.assert_array_equal(batch["substituted"], ids == 11)
+            np.testing.assert_array_equal(numbers[ids != 11], ids[ids != 11])
+            assert set(numbers[ids == 11]) <= {0, 1, 2, 3, 4, 9, 10, 12, 13, 14}
+            for outputs in batch["text"].values():  # all of it is of the other sample
+                np.testing.assert_array_equal(outputs["sequence"][:, 0, 0], numbers)
+    assert caplog.text.count("train-00002.arrayrecord record 2 is damaged") == 2  # once a loader
+    with pytest.raises(ValueError, match="train-00002.arrayrecord record 2 is damaged"):
+        loader.record(11)
+    assert loader.readable_record(11)["key"] != "11" and loader.readable_record(3)["key"] == "3"
+
+
+def test_a_bucket_without_a_sound_record_is_an_error_that_names_them(tmp_path):
+    build(tmp_path, [(0, 2), (1, 2)], sizes=((4, 4), (2, 8)))
+    for number in (2, 3):
+        damage(tmp_path, number)
+    loader = Loader(tmp_path, batch_size=2, seed=0)
+    loader.abstract_batch(0)
+    with pytest.raises(ValueError, match="2 samples of a bucket") as error:
+        loader.abstract_batch(1)
+    for part in ("00001.arrayrecord record 0 is damaged", "00001.arrayrecord record 1", "verify"):
+        assert part in str(error.value)
+
+
+def test_a_damaged_first_record_does_not_decide_the_shapes(tmp_path):
+    build(tmp_path, [(0, 5)])
+    expected = Loader(tmp_path, batch_size=2, seed=0).abstract_batch(0)
+    damage(tmp_path, 0)
+    assert Loader(tmp_path, batch_size=2, seed=0).abstract_batch(0) == expected
 
 
 def test_a_truncated_shard_is_listed_before_the_first_batch(tmp_path):
@@ -280,15 +370,19 @@ def test_a_truncated_shard_is_listed_before_the_first_batch(tmp_path):
         ({"text/clip_l/pooled": None}, "'text/clip_l/pooled' is absent, the others"),
         ({"caption_kinds": ["original"]}, "has 3 captions, caption_kinds has 1"),
         ({"caption_kinds": []}, "has 3 captions, caption_kinds has 0"),
+        ({"caption_kinds": "original"}, "'caption_kinds' is a str"),
+        ({"latent": "picture"}, "'latent' is a str"),
+        ({"text/t5/sequence": np.array(1.0)}, "'text/t5/sequence' is a ndarray without axes"),
     ],
 )
-def test_a_record_unlike_the_others_is_named(tmp_path, change, rule):
+def test_a_record_unlike_the_others_is_named(tmp_path, change, rule, caplog):
     with ShardWriter(tmp_path, "a") as writer:
         for number in range(4):
             record = record_of(number, 4, 4, 2, 3, TEXT, TOKENS) | (change if number == 3 else {})
             writer.write({field: value for field, value in record.items() if value is not None})
     encoders = {name: {} for name in TEXT}
     Manifest({"train": (writer.shard,)}, (Bucket(32, 32),), {}, encoders, 32, "test").save(tmp_path)
-    with pytest.raises(ValueError, match=rule) as error:
-        Loader(tmp_path, batch_size=1, seed=0).examples([0, 1, 2, 3])
-    assert str(tmp_path / "a") + " record 3" in str(error.value)
+    batch = Loader(tmp_path, batch_size=1, seed=0).examples([0, 1, 2, 3])
+    np.testing.assert_array_equal(batch["substituted"], [0, 0, 0, 1])
+    (message,) = caplog.messages
+    assert re.search(rule, message) and str(tmp_path / "a") + " record 3" in message
