@@ -131,6 +131,9 @@ def default(*, depth: int = 24, resolution: int = 256, text_length: int = 77) ->
                 "keep": 3,
                 "max_failures": 10,  # saves in a row, then training ends
             },
+            "faults": {
+                "max_substituted": 1e-3,  # share of damaged records in what a process has read
+            },
             "evaluation": {"every": 10_000, "samples": 4096, "levels": 8, "batch_size": 256},
             "samples": sampling(),
             "log": {"every": 100, "attention_logits": False},
@@ -370,6 +373,10 @@ def validate(config: Config) -> None:
     at_least("ema.every", config.ema.every, 1)
     at_least("checkpoint.every", config.checkpoint.every, 1)
     at_least("checkpoint.keep", config.checkpoint.keep, 1)
+    need(
+        0 <= config.faults.max_substituted <= 1,
+        f"faults.max_substituted={config.faults.max_substituted} must be in [0, 1]",
+    )
     at_least("log.every", config.log.every, 1)
     at_least("evaluation.every", config.evaluation.every, 0)
     at_least("evaluation.levels", config.evaluation.levels, 1)

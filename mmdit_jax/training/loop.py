@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from mmdit_jax.config import Config
 from mmdit_jax.data.loader import Loader
 from mmdit_jax.scaling import flops
+from mmdit_jax.training.limits import SUBSTITUTED, ShareLimit
 from mmdit_jax.training.metrics import Average, MetricWriter, Progress
 from mmdit_jax.training.saving import SaveError, Saver
 from mmdit_jax.training.state import TrainState
@@ -100,6 +101,7 @@ def train(
     preemption = Preemption()
     progress = Progress(last, active=jax.process_index() == 0)
     average = Average()
+    substituted = ShareLimit(config.faults.max_substituted, SUBSTITUTED)
     clock = _Clock(config, loader, first)
     pending: tuple[int, Any] | None = None
 
@@ -122,6 +124,8 @@ def train(
                 f"{list(map(int, loader.sample_ids(at - 1)))[:64]}; last good checkpoint: "
                 f"{saver.newest()}"
             )
+        size = loader.batch_sizes[loader.bucket_of_step(at - 1)]
+        substituted.add(int(metrics.get("substituted", 0)), size, step=at)
         average.add(metrics)
 
     stopping = False

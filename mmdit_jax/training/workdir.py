@@ -30,6 +30,7 @@ FREE = (
     "data.autoencoder",  # its weights are compared with the data set's when it is loaded
     "data.threads",
     "data.prefetch",
+    "faults.max_substituted",
     "model.remat",
 )
 WARNED = ("steps",)
