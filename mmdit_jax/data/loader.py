@@ -12,6 +12,7 @@ was wrong with which record. Which sample it is depends on the seed and the dama
 is the same on any number of hosts and after a resume.
 """
 
+import copy
 import functools
 import os
 import threading
@@ -99,17 +100,7 @@ class Loader:
         self._hosts = jax.process_count() if process_count is None else process_count
         self._host = jax.process_index() if process_index is None else process_index
         self._seed, self._threads, self._prefetch = seed, threads, prefetch
-        for first, stop in skips:
-            if not 0 <= first < stop:
-                raise ValueError(
-                    f"skipped batches {first}:{stop} are none, they go from a number of at least 0 "
-                    "to a larger one: give others"
-                )
-        self._skips, self._origin = tuple(skips), origin
-        # In numbers of batches. What is skipped right at a change has the size that follows it.
-        self._earlier = tuple(
-            (max(0, self.batch_number(until - 1) + 1), size) for until, size in earlier
-        )
+        self._follow(earlier, skips, origin)
         encoders = (expected or {}).get("text_encoders", self.manifest.text_encoders)
         self._fields = BatchFields(self.manifest, encoders)
         self._layouts: dict[int, Layout] = {}
@@ -139,6 +130,36 @@ class Loader:
                     f"batch size {size} is not a multiple of {self._hosts} hosts, each reads an "
                     "equal part: change batch_size"
                 )
+
+    def following(
+        self,
+        *,
+        earlier: Sequence[tuple[int, int | Sequence[int]]] = (),
+        skips: Sequence[tuple[int, int]] = (),
+        origin: int = 0,
+    ) -> "Loader":
+        """This loader on another course through the same data; arguments as of `Loader`."""
+        other = copy.copy(self)
+        other._follow(earlier, skips, origin)
+        return other
+
+    def _follow(
+        self,
+        earlier: Sequence[tuple[int, int | Sequence[int]]],
+        skips: Sequence[tuple[int, int]],
+        origin: int,
+    ) -> None:
+        for first, stop in skips:
+            if not 0 <= first < stop:
+                raise ValueError(
+                    f"skipped batches {first}:{stop} are none, they go from a number of at least 0 "
+                    "to a larger one: give others"
+                )
+        self._skips, self._origin = tuple(skips), origin
+        # In numbers of batches. What is skipped right at a change has the size that follows it.
+        self._earlier = tuple(
+            (max(0, self.batch_number(until - 1) + 1), size) for until, size in earlier
+        )
 
     def batch_number(self, step: int) -> int:
         """Number in the stream of the batch that `step` takes; what `skips` are given in."""
