@@ -11,8 +11,8 @@ values (scores, say) are what --score and --filter decide by; everything else is
 """
 
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, BinaryIO
 
 from data_pipelines.samples import Caption, Options, Rejected
 
@@ -25,6 +25,7 @@ SYNTHETIC_KEYS = (
     "generated_caption",
     "recaption",
 )
+MAX_LINE_BYTES = 16 << 20
 
 
 def caption_keys(options: Options) -> dict[str, str]:
@@ -33,10 +34,19 @@ def caption_keys(options: Options) -> dict[str, str]:
     return original | dict.fromkeys(options.synthetic_fields or SYNTHETIC_KEYS, "synthetic")
 
 
+def lines(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file; of a longer one than `MAX_LINE_BYTES` so many, which `parse` refuses."""
+    while line := file.readline(MAX_LINE_BYTES):
+        yield line
+        # What is left of it is passed over and not kept: it may be all of a huge file.
+        while len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
+            line = file.readline(MAX_LINE_BYTES)
+
+
 def parse(line: str | bytes) -> dict:
     """The JSON object of a line or a file; raises `Rejected`."""
     try:
-        entry = json.loads(line)
+        entry = json.loads(line)  # NaN is a usual way to say that there is no score
     except (ValueError, RecursionError) as error:
         raise Rejected("bad_caption", f"not JSON: {error}") from error
     if not isinstance(entry, dict):

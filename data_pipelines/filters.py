@@ -7,6 +7,7 @@ import importlib
 import math
 import operator
 import re
+import reprlib
 from collections.abc import Callable
 from typing import Any
 
@@ -49,8 +50,9 @@ class Rules:
         for name, symbol, bound in self._scores:
             try:
                 value = float(sample.fields[name])
-            except (KeyError, ValueError) as error:
-                raise Rejected("no_score", f"{name} is {sample.fields.get(name)!r}") from error
+            except (KeyError, ValueError, OverflowError) as error:
+                shown = reprlib.repr(sample.fields.get(name))
+                raise Rejected("no_score", f"{name} is {shown}") from error
             if math.isnan(value):
                 raise Rejected("no_score", f"{name} is NaN")
             if not OPERATORS[symbol](value, bound):

@@ -141,12 +141,22 @@ def file_size(path: str) -> int:
 
 
 def read_file(path: str) -> bytes:
-    """The bytes of a file; raises `Rejected`."""
+    """The bytes of a regular file of at most `MAX_FILE_BYTES`; raises `Rejected`."""
     try:
-        with open(path, "rb") as file:
-            return file.read()
+        with open(path, "rb", opener=_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise Rejected("unreadable", "not a regular file")
+            data = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise Rejected("unreadable", str(error.strerror)) from error
+    if len(data) > MAX_FILE_BYTES:
+        raise Rejected("too_large", f"more than {MAX_FILE_BYTES} bytes")
+    return data
+
+
+def _at_once(path: str, flags: int) -> int:
+    """Opens a file, and a pipe without waiting for somebody to write into it."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def inside(root: str, folder: str, entry: dict[str, Any], options: Options) -> str:
@@ -168,6 +178,10 @@ def inside(root: str, folder: str, entry: dict[str, Any], options: Options) -> s
         name = posixpath.normpath(posixpath.join(folder, file))
     if name == ".." or name.startswith("../"):
         raise Rejected("outside", file)
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError as error:
+        raise Rejected("bad_caption", "half of a surrogate pair in the path") from error
     return name
 
 

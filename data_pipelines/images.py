@@ -8,9 +8,16 @@
 
 Colour profiles are not applied. Of a file with several frames the first counts. Whatever is wrong
 with a file is raised as `Rejected`, so that the report can name it.
+
+A small file can ask for much: only the formats in `FORMATS` are tried (some others start programs),
+pictures have at most `MAX_PIXELS` and JPEGs `MAX_SCANS`, and only a few large pictures are unpacked
+at once, whatever the number of threads.
 """
 
+import contextlib
+import functools
 import io
+import threading
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +31,20 @@ ImageFile.LOAD_TRUNCATED_IMAGES = False
 SPARE = 2  # a reduction in the decoder leaves this many pixels for one of the target, on each axis
 
 MAX_PIXELS = 89_478_485  # as Pillow itself: more is taken for a decompression bomb
+
+# Each scan of a progressive JPEG goes over the whole picture and may take a few bytes of the file.
+# Encoders write about 10.
+MAX_SCANS = 100
+SCAN = b"\xff\xda"
+
+# Unpacking a picture takes up to 16 bytes a pixel, so that those above LARGE take turns.
+LARGE = 1 << 24  # pixels
+LARGE_AT_ONCE = 2
+_large = threading.BoundedSemaphore(LARGE_AT_ONCE)
+
+# As Pillow calls them; HEIF is there if a plugin for it was imported.
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM")
+FORMATS += ("TIFF", "WEBP")
 
 
 class Box(NamedTuple):
@@ -59,16 +80,21 @@ def decode(data: bytes, target: tuple[int, int] | None = None) -> Decoded:
       Rejected: "corrupt", "too_large", "unsupported" or "non_finite".
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=_known_formats()) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Rejected("too_large", f"{image.width}x{image.height} pixels")
+            if image.format in ("JPEG", "MPO") and data.count(SCAN) > MAX_SCANS:
+                raise Rejected("too_large", f"{data.count(SCAN)} scans")
             stored = image.size
             scale = _reduce(image, target) if target else 1
-            image.load()
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-            # After this the size, and every crop box, is that of the picture as a person sees it.
-            ImageOps.exif_transpose(image, in_place=True)
-            return Decoded(_rgb(image), stored if turned else stored[::-1], scale)
+            large = image.width * image.height > LARGE
+            with _large if large else contextlib.nullcontext():
+                image.load()
+                turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+                # After this the size, and every crop box, is that of the picture as a person sees
+                # it.
+                ImageOps.exif_transpose(image, in_place=True)
+                return Decoded(_rgb(image), stored if turned else stored[::-1], scale)
     except Rejected:
         raise
     except Image.DecompressionBombError as error:
@@ -80,6 +106,13 @@ def decode(data: bytes, target: tuple[int, int] | None = None) -> Decoded:
         # Damaged files make Pillow's decoders raise almost anything (OSError, SyntaxError,
         # struct.error, zlib.error, ...); one bad file must not end a build; the report names it.
         raise Rejected("corrupt", f"{type(error).__name__}: {error}") from error
+
+
+@functools.cache
+def _known_formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow was built with; it refuses other names."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _reduce(image: Image.Image, target: tuple[int, int]) -> int:
@@ -98,15 +131,19 @@ def _reduce(image: Image.Image, target: tuple[int, int]) -> int:
     return 1
 
 
+_EIGHT_BITS = ((np.arange(65536) * 255 + 32767) // 65535).astype(np.uint8)
+
+
 def _rgb(image: Image.Image) -> Image.Image:
     """Any mode Pillow opens -> RGB, transparency over white."""
     transparency = image.info.get("transparency")
     if image.mode.startswith("I;16") or image.mode == "I":
         # Pillow's own conversion to 8 bits clips at 255: every 16-bit picture would come out white.
-        values_HW = np.asarray(image).astype(np.int64)
+        values_HW = np.asarray(image)
         if values_HW.min() < 0 or values_HW.max() > 65535:
             raise Rejected("unsupported", "integer pixels outside 0..65535")
-        image = Image.fromarray(((values_HW * 255 + 32767) // 65535).astype(np.uint8))
+        # By a table: the arithmetic would need three arrays of 8 bytes a pixel.
+        image = Image.fromarray(_EIGHT_BITS[values_HW])
         if isinstance(transparency, int):
             image.putalpha(Image.fromarray((values_HW != transparency).astype(np.uint8) * 255))
     elif image.mode == "F":

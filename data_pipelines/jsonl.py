@@ -39,7 +39,7 @@ class Lines:
                 "give a file of one JSON object a line"
             ) from error
         with file:
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(entries.lines(file), start=1):
                 if not line.strip():
                     continue
                 where = f"{posixpath.basename(path)} line {number}"

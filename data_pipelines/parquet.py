@@ -58,19 +58,24 @@ class Parquet:
                         f"{path} has row groups of {size} bytes and one is read at once; write it "
                         f"again with row groups of at most {MAX_GROUP_BYTES} bytes (100 rows, say)"
                     )
+                where = f"{shard} row group {group}"
+                if not others:  # a damaged file may count any number of rows
+                    index.dropped.append(Dropped(where, "no_caption", f"none of {', '.join(keys)}"))
+                    continue
                 try:
+                    size = sum(_column_bytes(table, group, name) for name in others)
+                    if size > MAX_GROUP_BYTES:
+                        raise ValueError(f"captions and scores of {size} bytes")
                     rows = table.read_row_group(group, columns=others).to_pylist()
                 except Exception as error:  # damaged pages raise what their codec raises
-                    case = Dropped(f"{shard} row group {group}", "corrupt_shard", str(error))
-                    index.dropped.append(case)
+                    index.dropped.append(Dropped(where, "corrupt_shard", str(error)))
                     continue
-                rows = rows or [{}] * table.metadata.row_group(group).num_rows
                 for row, entry in enumerate(rows):
                     name = sample_name(shard, f"{group}-{row:06d}")
                     try:
                         told = tuple(dict.fromkeys(entries.captions_in(entry, keys)))
                         if not told:
-                            raise Rejected("no_caption", f"nothing in {', '.join(others) or keys}")
+                            raise Rejected("no_caption", f"nothing in {', '.join(others)}")
                     except Rejected as error:
                         index.dropped.append(Dropped(name, error.reason, error.detail))
                         continue
@@ -101,7 +106,10 @@ class Parquet:
     def read(self, sample: Sample) -> bytes:
         """The bytes of the picture; raises `Rejected`."""
         shard, group, row = sample.location
-        value = self._group(shard, group).value(self._load)[row].as_py()
+        column = self._group(shard, group).value(self._load)
+        if row >= len(column):
+            raise Rejected("missing", f"row {row} of {len(column)}")
+        value = column[row].as_py()
         if isinstance(value, Mapping):
             value = value.get("bytes")
         if not isinstance(value, bytes):

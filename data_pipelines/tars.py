@@ -85,6 +85,9 @@ def _scan(
     try:
         archive = tarfile.open(fileobj=file, mode="r:")
         for member in archive:
+            # A negative size would lead around for ever, or read all that follows.
+            if member.size < 0 or archive.offset <= member.offset:
+                raise ValueError(f"{member.size} bytes in a member")
             folder, base = posixpath.split(member.name)
             stem, _, kind = base.partition(".")
             kind = kind.lower()
@@ -92,6 +95,9 @@ def _scan(
                 continue
             if kind not in IMAGES + TEXTS or not stem or not member.isreg() or member.issparse():
                 index.ignored[f".{kind}" if stem and kind else "other"] += 1
+                continue
+            if member.name.startswith("/") or ".." in folder.split("/"):
+                index.dropped.append(Dropped(f"{shard}/{member.name}", "outside", ""))
                 continue
             key = posixpath.join(folder, stem)
             parts = members.setdefault(key, {})

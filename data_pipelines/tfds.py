@@ -12,13 +12,20 @@ is a caption too, its name with spaces for underscores. --tfds_split takes the n
 (`train`, `train+test`, `train[:10%]`).
 """
 
+import contextlib
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+from etils import epath
 
 from data_pipelines import entries
 from data_pipelines.samples import Dropped, Options, Rejected, Sample
 from data_pipelines.sharded import Index, list_shards, sample_name
+from mmdit_jax import strict_json
+
+FEATURES = ("features.json", "*/features.json", "*/*/features.json")  # NAME/CONFIG/VERSION
 
 
 class Tfds:
@@ -26,9 +33,11 @@ class Tfds:
 
     def __init__(self, argument: str, options: Options):
         import tensorflow_datasets as tfds  # takes seconds
+        from tensorflow_datasets.core.utils import file_utils
 
         self._options, self._spec = options, f"--source=tfds:{argument}"
         name, _, data_dir = argument.partition("@")
+        _refuse_code(name, file_utils.list_data_dirs(data_dir or None), self._spec)
         try:
             builder = tfds.builder(name, data_dir=data_dir or None)
         except Exception as error:  # of many types, and most are not errors of ours
@@ -82,12 +91,18 @@ class Tfds:
             if name != self._image
         }
 
+    def _example(self, row: int) -> Mapping[str, Any]:
+        try:
+            return self._data[row]
+        except Exception as error:  # a damaged record, or one that is no example, raises anything
+            raise Rejected("corrupt", f"{type(error).__name__}: {error}") from error
+
     def _read_index(self) -> Index:
         index = Index([], [], Counter())
         for row in range(len(self._data)):
             name = sample_name(self._options.tfds_split, f"{row:07d}")
             try:
-                entry = self._entry(self._data[row])
+                entry = self._entry(self._example(row))
                 captions = tuple(dict.fromkeys(entries.captions_in(entry, self._captions)))
                 if not captions:
                     raise Rejected("no_caption", f"nothing in {', '.join(self._captions)}")
@@ -100,10 +115,52 @@ class Tfds:
 
     def read(self, sample: Sample) -> bytes:
         """The bytes of the picture, as they were encoded; raises `Rejected`."""
-        value = self._data[sample.location[1]][self._image]
+        value = self._example(sample.location[1])[self._image]
         if not isinstance(value, bytes):
             raise Rejected("unsupported", f"a {type(value).__name__} instead of encoded bytes")
         return value
+
+
+def _refuse_code(name: str, folders: Sequence[epath.PathLike], spec: str) -> None:
+    """Refuses what would make TFDS run code that the data names.
+
+    NAMESPACE:NAME fetches a program, and features.json of a prepared data set names Python classes,
+    whose modules TFDS imports.
+    """
+    if re.match(r"[^/:]+:[^\d*]", name):
+        raise ValueError(
+            f"{spec} is the program of a namespace, which would be run; prepare the data set "
+            "yourself and give NAME@DATA_DIR"
+        )
+    parts = [part for part in name.partition(":")[0].split("/") if part]
+    roots = [epath.Path(folder, *parts) for folder in folders]
+    for file in (f for root in roots for pattern in FEATURES for f in root.glob(pattern)):
+        foreign = [n for n in _class_names(file) if not n.startswith("tensorflow_datasets.")]
+        if foreign:
+            raise ValueError(
+                f"{file} names the class {foreign[0]!r}, whose code would be run; only features of "
+                "tensorflow_datasets are read: convert the data set"
+            )
+
+
+def _class_names(file: epath.Path) -> Iterator[str]:
+    """Every Python class that a features.json names, at any depth."""
+    try:
+        waiting = [strict_json.parse(file.read_text())]
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON ({error}); prepare the data set again") from error
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            for key in ("pythonClassName", "python_class_name", "type"):
+                if isinstance(value.get(key), str) and "." in value[key]:
+                    yield value[key]
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
+        elif isinstance(value, str) and value.lstrip().startswith("{"):
+            with contextlib.suppress(ValueError):
+                waiting.append(strict_json.parse(value))  # older data sets keep JSON in a text
 
 
 def _plain(value: Any, name_of: Any) -> Any:

@@ -47,15 +47,20 @@ def read_prompts() -> list[str]:
     """The prompts of both flags, one picture each.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or the file is no text.
         FileNotFoundError: no such file.
     """
     prompts = [prompt.strip() for prompt in _PROMPT.value]
     if _PROMPTS.value:
         if not os.path.isfile(_PROMPTS.value):
             raise FileNotFoundError(f"--prompts={_PROMPTS.value} is not a file; one prompt a line")
-        with open(_PROMPTS.value, encoding="utf-8") as file:
-            prompts += [line.strip() for line in file]
+        try:
+            with open(_PROMPTS.value, encoding="utf-8-sig") as file:
+                prompts += [line.strip() for line in file]
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"--prompts={_PROMPTS.value} is no UTF-8 text ({error.reason}); one prompt a line"
+            ) from error
     prompts = [prompt for prompt in prompts if prompt]
     if not prompts:
         where = f"--prompts={_PROMPTS.value} holds none" if _PROMPTS.value else "none was given"

@@ -23,7 +23,7 @@ import ml_dtypes
 import numpy as np
 from absl import flags, logging
 
-from mmdit_jax import command, run, sharding
+from mmdit_jax import command, run, sharding, strict_json
 from mmdit_jax import config as config_lib
 from mmdit_jax.config import Config
 from mmdit_jax.data.manifest import Manifest
@@ -96,7 +96,7 @@ def _read_diffusers_config(folder: Path) -> dict:
         raise FileNotFoundError(
             f"{path} is missing; --format=diffusers takes the folder of an SD3Transformer2DModel"
         )
-    return json.loads(path.read_text(encoding="utf-8"))
+    return strict_json.read_object(path, "fetch it again")
 
 
 def _networks(tensors: Tensors, pipeline: Path | None, workdir: str) -> dict[str, Path]:

@@ -28,6 +28,7 @@ from mmdit_jax.data.fields import BatchFields, Layout, nested
 from mmdit_jax.data.manifest import Bucket, Manifest, fits
 from mmdit_jax.data.prefetch import HostBatches, on_device, rows_of
 from mmdit_jax.data.records import ShardReader, decode_record
+from mmdit_jax.data.sample_fields import check_sample
 
 SUBSTITUTES = 16
 """So many samples are tried in the place of a damaged one."""
@@ -266,7 +267,10 @@ class Loader:
     def record(self, number: int) -> dict[str, Any]:
         """Every field of sample `number` of the split; ValueError when it is damaged."""
         shard, index = self._place(number)
-        return decode_record(self._reader.read(shard, index), self._reader.where(shard, index))
+        where = self._reader.where(shard, index)
+        record = decode_record(self._reader.read(shard, index), where)
+        check_sample(record, where)
+        return record
 
     def readable_record(self, number: int) -> dict[str, Any]:
         """Every field of sample `number` of the split, or of the one that stands in for it."""

@@ -24,10 +24,11 @@ another: then sequence is (tokens, width), scale (tokens,), and there is
 import contextlib
 import math
 import os
+import reprlib
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,12 @@ READER_BUFFER = 32768
 # Waited before further attempts to read a record, because a network file system fails now and then.
 # No longer for a shard that failed them all: its records are damaged, or it is gone.
 RETRY_SECONDS = (0.1, 0.5)
+
+# More has no record of ours; less than this no file can make expensive.
+MAX_ITEMS = 1 << 16  # fields of a record, captions of a picture
+MAX_NAME = 200  # characters of the name of a field
+MAX_AXES = 8
+MAX_SIDE = (1 << 31) - 1
 
 
 def encode_record(record: Mapping[str, Any]) -> bytes:
@@ -112,7 +119,14 @@ def decode_record(data: bytes, where: str = "record") -> dict[str, Any]:
       ValueError: The bytes are not such a record; names `where` and the field.
     """
     try:
-        packed = msgpack.unpackb(data, raw=False, strict_map_key=True)
+        packed = msgpack.unpackb(
+            data,
+            raw=False,
+            strict_map_key=True,
+            max_array_len=MAX_ITEMS,
+            max_map_len=MAX_ITEMS,
+            object_pairs_hook=_once,
+        )
     except (ValueError, TypeError, msgpack.exceptions.UnpackException) as error:
         raise ValueError(
             f"{where} is not a msgpack record ({error or type(error).__name__}): rebuild the shard"
@@ -121,27 +135,52 @@ def decode_record(data: bytes, where: str = "record") -> dict[str, Any]:
         raise ValueError(
             f"{where} is a msgpack {type(packed).__name__}, a record is a map: rebuild the shard"
         )
+    for field in packed:
+        if not isinstance(field, str) or len(field) > MAX_NAME:
+            raise ValueError(
+                f"{where} has a field {_shown(field)}, a name is text of at most {MAX_NAME} "
+                "characters: rebuild the shard"
+            )
     return {field: _decode_field(value, field, where) for field, value in packed.items()}
+
+
+def _once(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+    """A map, if no key comes twice: which of the two values would be meant?"""
+    pairs = list(pairs)
+    packed = dict(pairs)
+    if len(packed) != len(pairs):
+        raise ValueError("a name comes twice")
+    return packed
+
+
+def _shown(value: Any) -> str:
+    """What a message says of a value from a file, however large and nested it is."""
+    return reprlib.repr(value)
 
 
 def _decode_field(value: Any, field: str, where: str) -> Any:
     if isinstance(value, dict):
         if value.keys() != {"dtype", "shape", "data"}:
             raise ValueError(
-                f"{where}, field {field!r} has the keys {sorted(map(str, value))}, "
+                f"{where}, field {field!r} has the keys {_shown(list(value))}, "
                 "an array has data, dtype and shape: rebuild the shard"
             )
         dtype = DTYPES.get(value["dtype"]) if isinstance(value["dtype"], str) else None
         if dtype is None:
             raise ValueError(
-                f"{where}, field {field!r} has dtype {value['dtype']!r}, "
+                f"{where}, field {field!r} has dtype {_shown(value['dtype'])}, "
                 f"a record holds {', '.join(DTYPES)}: rebuild the shard"
             )
         shape, content = value["shape"], value["data"]
-        if not (isinstance(shape, list) and all(type(side) is int and side >= 0 for side in shape)):
+        # Bounded before they are multiplied: the product of a million sizes takes minutes.
+        if not (
+            isinstance(shape, list)
+            and len(shape) <= MAX_AXES
+            and all(type(side) is int and 0 <= side <= MAX_SIDE for side in shape)
+        ):
             raise ValueError(
-                f"{where}, field {field!r} has shape {shape!r}, a shape is a list of sizes: "
-                "rebuild the shard"
+                f"{where}, field {field!r} has shape {_shown(shape)}, a shape is a list of at most "
+                f"{MAX_AXES} sizes: rebuild the shard"
             )
         needed = math.prod(shape) * dtype.itemsize
         if not isinstance(content, bytes) or len(content) != needed:
@@ -150,7 +189,17 @@ def _decode_field(value: Any, field: str, where: str) -> Any:
                 f"{where}, field {field!r} holds {held}, {value['dtype']}{shape} takes "
                 f"{needed} bytes: rebuild the shard"
             )
-        return np.frombuffer(content, dtype).reshape(shape)
+        if dtype.kind == "b" and content.translate(None, b"\0\1"):
+            raise ValueError(
+                f"{where}, field {field!r} holds bytes that are neither false nor true: "
+                "rebuild the shard"
+            )
+        try:
+            return np.frombuffer(content, dtype).reshape(shape)
+        except ValueError as error:  # no bytes, and sizes beyond what numpy can count
+            raise ValueError(
+                f"{where}, field {field!r} has shape {_shown(shape)} ({error}): rebuild the shard"
+            ) from error
     if isinstance(value, str | int | float):
         return value
     if isinstance(value, list) and all(isinstance(item, str) for item in value):

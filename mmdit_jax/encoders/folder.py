@@ -7,7 +7,7 @@ are both errors, so that a wrong architecture cannot load by half.
 import contextlib
 import functools
 import hashlib
-import json
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
-from mmdit_jax import sharding
+from mmdit_jax import sharding, strict_json
 
 # The leaf of a Linen parameter -> the leaf of its torch name. CLIP's class token has no module.
 LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
@@ -33,6 +33,13 @@ EACH_LAYER = "{layer}"
 
 # What the weights are called: by transformers, by diffusers.
 STEMS = ("model", "diffusion_pytorch_model")
+FETCH = "fetch it again"
+LONGEST_REASON = 300  # characters of what a library says of a file
+
+# Fields of config.json that are no sizes.
+FIELDS = {"architectures": list, "block_out_channels": list, "hidden_act": str}
+FIELDS |= {"vision_config": dict}
+MOST_LAYERS, MOST_FEATURES = 1024, 1 << 24  # more would be an allocation and no network
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -40,6 +47,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such folder, or no config.json in it.
+        ValueError: a damaged config.json.
     """
     path = Path(folder) / "config.json"
     if not path.parent.is_dir():
@@ -50,7 +58,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{path} is missing; give the folder that holds config.json and *.safetensors"
         )
-    return json.loads(path.read_text())
+    return strict_json.read_object(path, FETCH)
 
 
 def weight_files(folder: str | Path) -> list[Path]:
@@ -64,7 +72,7 @@ def weight_files(folder: str | Path) -> list[Path]:
     for stem in STEMS:
         index = folder / f"{stem}.safetensors.index.json"
         if index.is_file():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            names = _indexed(index)
             missing = [name for name in names if not (folder / name).is_file()]
             if missing:
                 raise FileNotFoundError(
@@ -85,6 +93,36 @@ def weight_files(folder: str | Path) -> list[Path]:
             f"{STEMS[0]}.safetensors"
         )
     return files
+
+
+def _indexed(index: Path) -> list[str]:
+    """The files that an index names: they lie beside it."""
+    weight_map = strict_json.read_object(index, FETCH).get("weight_map")
+    names = set(weight_map.values()) if _is_text_map(weight_map) else set()
+    if not names:
+        raise ValueError(f"{index} has no weight_map from tensors to files; {FETCH}")
+    if outside := [n for n in names if Path(n).name != n or not n.endswith(".safetensors")]:
+        raise ValueError(
+            f"{index} names {min(outside)!r}, which is no *.safetensors beside it; {FETCH}"
+        )
+    return sorted(names)
+
+
+def _is_text_map(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(each, str) for each in value.values())
+
+
+def open_safetensors(file: str | Path) -> Any:
+    """Opens a safetensors file for reading; its header is checked, its tensors are not read.
+
+    Raises:
+        ValueError: it is not whole, or no such file.
+    """
+    try:
+        return safe_open(file, framework="np")
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:LONGEST_REASON]
+        raise ValueError(f"{file} is no whole safetensors file ({reason}); {FETCH}") from error
 
 
 def sha256(files: list[Path]) -> str:
@@ -180,7 +218,7 @@ def load_params(
         found: dict[str, Any] = {}
         unexpected: set[str] = set()
         for file in weight_files(folder):
-            tensors = open_files.enter_context(safe_open(file, framework="np"))
+            tensors = open_files.enter_context(open_safetensors(file))
             for stored_name in tensors.keys():
                 name = canonical(stored_name)
                 if name is None:
@@ -252,7 +290,23 @@ def _refuse_others(folder: str | Path, missing: set[str], unexpected: set[str]) 
 
 
 def field(config: Mapping[str, Any], key: str, folder: str | Path) -> Any:
-    """Returns a field of config.json; a missing one is an error that names the file."""
+    """Returns a field of config.json: a size, or of the type that `FIELDS` says.
+
+    Raises:
+        ValueError: it is missing, of another type, or a size that no network has; names the file.
+    """
     if key not in config:
         raise ValueError(f"{folder}/config.json has no {key!r}; this kind of model needs it")
-    return config[key]
+    value, kind = config[key], FIELDS.get(key, int)
+    sizes = value if key == "block_out_channels" else [value] if kind is int else []
+    low, high = 0 if key.endswith("_id") else 1, MOST_LAYERS if "layers" in key else MOST_FEATURES
+    if (
+        type(value) is not kind
+        or len(sizes) > MOST_LAYERS
+        or not all(type(size) is int and low <= size <= high for size in sizes)
+    ):
+        rule = f"from {low} to {high}" if sizes else f"a {kind.__name__}"
+        raise ValueError(
+            f"{folder}/config.json has {key}={reprlib.repr(value)}, which must be {rule}; {FETCH}"
+        )
+    return value

@@ -210,9 +210,12 @@ def load_tokenizer(folder: str | Path) -> Any:
             "give its folder after a comma: MODEL_FOLDER,TOKENIZER_FOLDER"
         )
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        # Left open, a folder that brings its own code makes transformers ask at the terminal.
+        return AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # damaged files lead transformers to errors of many types
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"the tokenizer in {folder} cannot be read ({reason}); fetch all of its files again"
         ) from error

@@ -6,8 +6,11 @@ Configs carry names with numbers, `logit_normal(0, 1)`. They are parsed, never e
 import ast
 import inspect
 import math
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
+
+LONGEST = 100  # characters of a name with its numbers
 
 
 def lookup(table: Mapping[str, Any], name: str, *, what: str = "name") -> Any:
@@ -61,11 +64,15 @@ def select(table: Mapping[str, Callable[..., Any]], text: str, *, what: str = "n
 def _parse(text: str, what: str) -> tuple[str, list[float], dict[str, float]]:
     """Splits `name(1, key=2)` into its name, positional numbers and named numbers."""
     wrong = ValueError(
-        f"{what} {text!r} is not of the form name or name(1, key=2) with plain numbers: rewrite it"
+        f"{what} {reprlib.repr(text)} is not of the form name or name(1, key=2) with plain "
+        "numbers: rewrite it"
     )
+    # Longer text could nest so deep that the parser fails in other ways than with a SyntaxError.
+    if not isinstance(text, str) or len(text) > LONGEST:
+        raise wrong
     try:
         node = ast.parse(text.strip(), mode="eval").body
-    except (SyntaxError, ValueError, AttributeError) as error:
+    except (SyntaxError, ValueError, MemoryError) as error:
         raise wrong from error
     if isinstance(node, ast.Name):
         return node.id, [], {}
@@ -74,7 +81,7 @@ def _parse(text: str, what: str) -> tuple[str, list[float], dict[str, float]]:
     try:
         args = [ast.literal_eval(argument) for argument in node.args]
         kwargs = {str(k.arg): ast.literal_eval(k.value) for k in node.keywords if k.arg}
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise wrong from error
     numbers = [*args, *kwargs.values()]
     if len(kwargs) != len(node.keywords) or not all(map(_is_number, numbers)):

@@ -95,6 +95,11 @@ def extract(tensors: Tensors, name: str, folder: str | Path) -> Path:
             f"{tensors.path} has no {error.args[0]} of the {name} that it bundles; give a whole "
             "file, or one without that network"
         ) from error
+    except (IndexError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"the {name} in {tensors.path} has shapes that no such network has ({error}); give a "
+            "whole file, or one without that network"
+        ) from error
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -175,7 +180,10 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 def _count(shapes: Shapes, pattern: str) -> int:
     """1 + the largest number that the pattern finds in the names."""
-    return 1 + max((int(m[1]) for name in shapes if (m := re.match(pattern, name))), default=-1)
+    found = {int(m[1]) for name in shapes if (m := re.match(pattern, name))}
+    if found != set(range(len(found))):
+        raise ValueError(f"numbers up to {max(found)} and only {len(found)} of them")
+    return len(found)
 
 
 def _clip_config(name: str) -> Callable[[Shapes], dict[str, Any]]:

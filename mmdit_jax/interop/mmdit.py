@@ -77,24 +77,30 @@ def infer_sizes(tensors: Tensors, format: str) -> Sizes:
     """
     prefix = prefix_of(tensors, format)
 
-    def shape(names: Any, suffix: str = ".weight") -> tuple[int, ...]:
+    def shape(names: Any, axes: int, suffix: str = ".weight") -> tuple[int, ...]:
         name = f"{prefix}{named(names, format)}{suffix}"
         if name not in tensors:
             raise ValueError(
                 f"{tensors.path} has no {name}: no MM-DiT of the {format} format; give another "
                 f"--input, or --format={' or '.join(f for f in FORMATS if f != format)}"
             )
-        return tensors.shape(name)
+        found = tensors.shape(name)
+        if len(found) != axes or 0 in found:
+            raise ValueError(
+                f"{name} in {tensors.path} has the shape {found}, {axes} sizes are needed; the "
+                "file is damaged or of another architecture"
+            )
+        return found
 
-    width, channels, patch, _ = shape(TOP["x_embedder"])
-    context_width = shape(TOP["context_embedder"])[1]
-    pooled_width = shape(TOP["y_embedder/fc1"])[1]
-    table = shape(POSITIONS, "")
+    width, channels, patch, _ = shape(TOP["x_embedder"], 4)
+    context_width = shape(TOP["context_embedder"], 2)[1]
+    pooled_width = shape(TOP["y_embedder/fc1"], 2)[1]
+    table = shape(POSITIONS, 3, "")
     blocks = f"{prefix}{named(BLOCKS, format)}."
     members: dict[int, set[str]] = {}
     for name in tensors.names():
         number, _, member = name.removeprefix(blocks).partition(".")
-        if name.startswith(blocks) and number.isdigit():
+        if name.startswith(blocks) and number.isdecimal():
             members.setdefault(int(number), set()).add(member)
     depth = max(members, default=-1) + 1
     if width != HEAD_SIZE * depth:
@@ -114,7 +120,7 @@ def infer_sizes(tensors: Tensors, format: str) -> Sizes:
             f"{tensors.path} has a second attention in the blocks {dual}; this model can have it "
             "in the first n blocks only"
         )
-    size = round(table[1] ** 0.5) if len(table) == 3 else 0
+    size = round(table[1] ** 0.5)
     if table != (1, size**2, width):
         raise ValueError(
             f"{tensors.path} has positions of the shape {table}; they must be those of a square "

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from mmdit_jax.encoders import folder as hf_folder
 
@@ -58,12 +57,7 @@ class Tensors:
             )
         self._files = {}
         for file in files:
-            try:
-                opened = safe_open(file, framework="np")
-            except SafetensorError as error:
-                raise ValueError(
-                    f"{file} is no whole safetensors file ({error}); fetch it again"
-                ) from error
+            opened = hf_folder.open_safetensors(file)
             for name in opened.keys():
                 if name in self._files:
                     raise ValueError(f"{file} holds {name} a second time; remove one")

@@ -60,13 +60,13 @@ def _drop_after(path: str, step: int) -> None:
     if not os.path.exists(path):
         return
     kept = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the last line of a killed run may be cut off
-            if row["step"] <= step:
+            except (ValueError, RecursionError):
+                continue  # the last line of a killed run may be cut off, or full of zeros
+            if isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] <= step:
                 kept.append(line)
     temporary = path + ".tmp"
     with open(temporary, "w", encoding="utf-8") as file:

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 import mmdit_jax
 from mmdit_jax import config as config_lib
+from mmdit_jax import ranges, strict_json
 from mmdit_jax.config import Config
 from mmdit_jax.data.manifest import Manifest
 
@@ -144,28 +145,33 @@ def write_identity(workdir: str, config: Config, manifest: Manifest) -> None:
     manifest.save(workdir)
 
 
-def read_identity(workdir: str) -> dict[str, Any] | None:
-    """What `write_identity` wrote, None where no run was started."""
-    path = os.path.join(workdir, "config.json")
-    if not os.path.exists(path):
-        return None
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
-
-
-def read_config(workdir: str) -> Config:
-    """The config of a run.
+def read_identity(workdir: str) -> dict[str, Any]:
+    """What `write_identity` wrote.
 
     Raises:
         FileNotFoundError: no run was started there.
+        ValueError: a damaged config.json.
     """
-    saved = read_identity(workdir)
-    if saved is None:
+    path = os.path.join(workdir, "config.json")
+    if not os.path.exists(path):
         raise FileNotFoundError(
             f"{workdir} has no config.json: it is not the workdir of a run; "
             "give the --workdir of `python -m mmdit_jax.train`"
         )
-    return ConfigDict(_complete(saved["config"]))
+    remedy = "restore it from a copy, or choose another --workdir"
+    saved = strict_json.read_object(path, remedy)
+    config, fingerprint = saved.get("config"), saved.get("data_fingerprint")
+    if not isinstance(config, dict) or not isinstance(fingerprint, str):
+        raise ValueError(f"{path} holds no config of a run and its data_fingerprint; {remedy}")
+    known = config_lib.default()
+    if problems := list(ranges.type_problems(_complete(config), known)):
+        raise ValueError(f"{path}: {'; '.join(problems)}; {remedy}")
+    return saved
+
+
+def read_config(workdir: str) -> Config:
+    """The config of a run; errors as of `read_identity`."""
+    return ConfigDict(_complete(read_identity(workdir)["config"]))
 
 
 def _complete(saved: dict[str, Any]) -> dict[str, Any]:
@@ -173,7 +179,9 @@ def _complete(saved: dict[str, Any]) -> dict[str, Any]:
 
     def fill(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
         filled = {
-            key: fill(value, defaults.get(key, {})) if isinstance(value, dict) else value
+            key: fill(value, defaults[key])
+            if isinstance(value, dict) and isinstance(defaults.get(key), dict)
+            else value
             for key, value in values.items()
         }
         return defaults | filled

@@ -73,9 +73,11 @@ def test_everything_wrong_inside_a_tar_is_named_and_the_rest_counts(tmp_path):
     with tarfile.open(path, "a") as archive:
         archive.addfile(link)
     source = Tars(str(path), OPTIONS)
-    assert list(told(source)) == ["x.tar/../../outside", "x.tar/twice"]
-    assert source.read(source.samples[1]) == picture(2)
+    assert list(told(source)) == ["x.tar/twice"]
+    assert source.read(source.samples[0]) == picture(2)
     assert sorted((case.name, case.reason) for case in source.dropped) == [
+        ("x.tar/../../outside.png", "outside"),
+        ("x.tar/../../outside.txt", "outside"),
         ("x.tar/alone", "missing"),
         ("x.tar/empty", "no_caption"),
         ("x.tar/json", "bad_caption"),

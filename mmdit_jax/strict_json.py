@@ -1,0 +1,46 @@
+"""JSON from files that somebody else may have written or damaged.
+
+Python's parser takes NaN and infinity, which are no JSON, and deep nesting ends with an error that
+is no `ValueError`. Whoever reads a file through here gets a value or one line that says why not.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def parse(text: str | bytes) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: it is none.
+    """
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON number")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def read_object(path: str | os.PathLike, remedy: str) -> dict[str, Any]:
+    """The JSON object of a file.
+
+    Args:
+        path: of the file.
+        remedy: what to do about a damaged one, the end of the message.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it holds something else; one line with the path and the remedy.
+    """
+    try:
+        content = parse(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:  # of which UnicodeDecodeError is one
+        raise ValueError(f"{path} is not JSON ({error}); {remedy}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is a JSON {type(content).__name__}, not an object; {remedy}")
+    return content
