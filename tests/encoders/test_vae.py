@@ -157,7 +157,7 @@ def test_missing_and_unexpected_weights_are_named(model, name):
         ({"use_quant_conv": False}, "has 2 unexpected weights .quant_conv"),
         ({"latent_channels": 8}, r"has shape \(8, 4, 3, 3\) but config.json asks for \(8, 8"),
         ({"scaling_factor": 0.0}, "scaling_factor 0.0 must be positive"),
-        ({"layers_per_block": 0}, "0 layers .* 1 or more"),
+        ({"layers_per_block": 0}, "layers_per_block=0, which must be from 1 to"),
     ],
 )
 def test_a_config_of_another_model_is_refused_in_one_line(model, change, message):

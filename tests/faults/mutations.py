@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from mmdit_jax import command
+
 SECONDS = 10.0  # an example that takes longer hangs
 MEGABYTES = 600  # that a whole series may add to the peak of the process
 NESTED = "<a hundred thousand brackets>"
@@ -140,7 +142,8 @@ def fuzz(
       How many were "accepted" and "refused".
 
     Raises:
-      AssertionError: another exception, more than one line, or too much time or memory.
+      AssertionError: another exception, or one that a library raised (commands show a traceback
+        then), or too much time or memory.
     """
     counts: Counter[str] = Counter(accepted=0, refused=0)
     before = peak_megabytes()
@@ -150,6 +153,7 @@ def fuzz(
                 target(example)
             counts["accepted"] += 1
         except refusal as error:
+            assert command._raised_by_us(error), f"example {number}: a library raised {error!r}"
             message = str(error)
             assert len(message) < 100_000, f"example {number}: {len(message)} characters"
             assert message.strip(), f"example {number}: no message, {type(error)}"
