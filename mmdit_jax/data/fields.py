@@ -20,8 +20,8 @@ _OF_TOKENS = ("/sequence", "/scale")
 class BatchFields:
     """Takes the arrays of samples out of their records.
 
-    Every method that reads a record raises ValueError for one that is unlike the data set; the
-    message begins with `where`, its file and index.
+    Every method that reads a record, whose fields are of their kinds (`check_sample`), raises
+    ValueError for one that is unlike the data set; the message begins with its file and index.
     """
 
     def __init__(self, manifest: Manifest, encoders: Iterable[str]):
@@ -48,21 +48,10 @@ class BatchFields:
                 )
         parts = [(name, part) for name in self._encoders for part in (*self._parts, "pooled")]
         texts = [field for field in (f"text/{n}/{p}" for n, p in parts) if field in record]
-        for field in ("latent", *texts):
-            if not isinstance(record[field], np.ndarray) or not record[field].ndim:
-                raise ValueError(
-                    f"{where}, field {field!r} is a {type(record[field]).__name__} without axes, "
-                    "a batch is made of arrays: rebuild the data set"
-                )
         fields = {"latent": record["latent"]}
         if not self._encoders:
             return fields
         kinds = record["caption_kinds"]
-        if not isinstance(kinds, list):
-            raise ValueError(
-                f"{where}, field 'caption_kinds' is a {type(kinds).__name__}, it is a list with "
-                "the kind of each caption: rebuild the data set"
-            )
         ragged = [field for field in texts if self._trimmed and field.endswith(_OF_TOKENS)]
         for field in texts:
             if field not in ragged and not 0 < len(kinds) == len(record[field]):
@@ -82,11 +71,6 @@ class BatchFields:
         """What every sample of a bucket has to look like, by the arrays of one of them."""
         latent = fields["latent"]
         size = (bucket.height, bucket.width)
-        if latent.ndim != 3:
-            raise ValueError(
-                f"{where} has a latent of {latent.ndim} axes, it has height, width and channels: "
-                "rebuild the data set"
-            )
         if self._factor and latent.shape[:2] != tuple(side // self._factor for side in size):
             raise ValueError(
                 f"{where} has a latent of {latent.shape[0]} x {latent.shape[1]}, its "
@@ -125,12 +109,7 @@ class BatchFields:
         """Where in a field of trimmed text the tokens of a caption are."""
         name = field.split("/")[1]
         lengths, most = record[f"text/{name}/length"], self._texts[name]["length"]
-        if (
-            lengths.ndim != 1
-            or lengths.sum() != len(record[field])
-            or lengths.min() < 0
-            or lengths.max() > most
-        ):
+        if lengths.sum() != len(record[field]) or lengths.min() < 0 or lengths.max() > most:
             raise ValueError(
                 f"{where}, field {field!r} has {len(record[field])} tokens, its "
                 f"captions have {lengths.tolist()} of at most {most}: rebuild the data set"

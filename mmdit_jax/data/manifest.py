@@ -128,7 +128,8 @@ class Manifest:
         if type(schema) is not int or not OLDEST_SCHEMA <= schema <= SCHEMA:
             raise ValueError(
                 f"{path} has schema {reprlib.repr(schema)}, this version reads schema "
-                f"{OLDEST_SCHEMA} to {SCHEMA}: rebuild the data set or use the version that wrote it"
+                f"{OLDEST_SCHEMA} to {SCHEMA}: rebuild the data set or use the version that wrote "
+                "it"
             )
         if problems := find_problems(fields):
             raise ValueError(

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from tests.commands.conftest import data, once, trained  # noqa: F401
 from tests.commands.running import TRAIN
 
 # A config file is Python: this one sets the clock, an hour back at every look, and is the quick

@@ -171,7 +171,7 @@ DAMAGE = {
         "2 of 5|train-00002.arrayrecord (other contents|validation-00001.arrayrecord (other",
     ),
     "replaced": (_replaced, "1 of 5|train-00000.arrayrecord (other contents"),
-    "outside": (_outside, "'../elsewhere.arrayrecord'|inside the directory"),
+    "outside": (_outside, "'../elsewhere.arrayrecord'|inside the data set"),
     "all": (
         None,
         "5 of 5|train-00000.arrayrecord (0 bytes|train-00001.arrayrecord (No such|"

@@ -355,7 +355,9 @@ def test_a_damaged_config_of_a_run_is_refused_in_one_line_or_is_sane(tmp_path, c
     def read(data):
         (tmp_path / "config.json").write_bytes(data)
         is_config(run.build(run.read_config(str(tmp_path))).config)
-        workdir_lib.check_resume(str(tmp_path), config, manifest)
+        workdir_lib.check_identity(
+            workdir_lib.read_identity(str(tmp_path)), config, manifest, workdir=str(tmp_path)
+        )
 
     counts = fuzz(read, examples())
     assert counts["refused"] > count / 2 and counts["accepted"], counts

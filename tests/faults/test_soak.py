@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from tests.commands.conftest import data, once  # noqa: F401
 from tests.commands.running import TRAIN
 
 SAVES, EVALUATIONS = 30, 10
