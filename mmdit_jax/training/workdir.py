@@ -161,8 +161,13 @@ def read_identity(workdir: str) -> dict[str, Any]:
     remedy = "restore it from a copy, or choose another --workdir"
     saved = strict_json.read_object(path, remedy)
     config, fingerprint = saved.get("config"), saved.get("data_fingerprint")
-    if not isinstance(config, dict) or not isinstance(fingerprint, str):
-        raise ValueError(f"{path} holds no config of a run and its data_fingerprint; {remedy}")
+    versions = saved.get("versions")
+    if not (
+        isinstance(config, dict) and isinstance(fingerprint, str) and isinstance(versions, dict)
+    ):
+        raise ValueError(
+            f"{path} holds no config of a run, its data_fingerprint and versions; {remedy}"
+        )
     known = config_lib.default()
     if problems := list(ranges.type_problems(_complete(config), known)):
         raise ValueError(f"{path}: {'; '.join(problems)}; {remedy}")
