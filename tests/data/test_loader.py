@@ -327,6 +327,9 @@ def test_a_sample_stands_in_for_a_damaged_record_of_its_bucket(tmp_path, threads
             for outputs in batch["text"].values():  # all of it is of the other sample
                 np.testing.assert_array_equal(outputs["sequence"][:, 0, 0], numbers)
     assert caplog.text.count("train-00002.arrayrecord record 2 is damaged") == 2  # once a loader
+    assert len(caplog.messages) == 2
+    tried = list(loader._candidates(11))
+    assert tried[0] == 11 and sorted(tried[1:]) == list(loader.bucket_ids(0))
     with pytest.raises(ValueError, match="train-00002.arrayrecord record 2 is damaged"):
         loader.record(11)
     assert loader.readable_record(11)["key"] != "11" and loader.readable_record(3)["key"] == "3"

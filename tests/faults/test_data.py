@@ -52,7 +52,7 @@ def test_no_flipped_bit_ever_gives_another_array(tmp_path, no_waiting):
     # Densely where there is something, sparsely in the padding between the records and the end.
     used = [i for i, byte in enumerate(content) if byte]
     rng = np.random.default_rng(0)
-    places = [*rng.choice(used, 250), *rng.integers(0, len(content), 50), *range(0, 256, 8)]
+    places = [*rng.choice(used, 150), *rng.integers(0, len(content), 20), *range(0, 256, 8)]
     outcomes = Counter()
     for place in places:
         path.write_bytes(content)
@@ -72,7 +72,7 @@ def test_no_flipped_bit_ever_gives_another_array(tmp_path, no_waiting):
             assert batch.pop("substituted") == [1]
             _assert_same(batch, {k: originals[source][k] for k in batch})
     # All four records were hit, most of the bits are theirs.
-    assert sorted(outcomes) == [0, 1, 2, 3] and sum(outcomes.values()) > 200
+    assert sorted(outcomes) == [0, 1, 2, 3] and sum(outcomes.values()) > 100
 
 
 def test_damaged_records_are_replaced_alike_on_any_hosts_threads_and_resumes(tmp_path, no_waiting):
@@ -162,37 +162,30 @@ def _outside(directory):
     )
 
 
-DAMAGE = {
-    "missing": (_missing, "1 of 5|train-00001.arrayrecord (No such file or directory)"),
-    "cut": (_cut, "1 of 5|validation-00000.arrayrecord (|when written)"),
-    "empty": (_empty, "1 of 5|train-00000.arrayrecord (0 bytes"),
-    "swapped": (
-        _swapped,
-        "2 of 5|train-00002.arrayrecord (other contents|validation-00001.arrayrecord (other",
+CASES = {
+    "lost and swapped": (
+        [_missing, _cut, _empty, _swapped],
+        "5 of 5|train-00000.arrayrecord (0 bytes|train-00001.arrayrecord (No such file|"
+        "train-00002.arrayrecord (other contents|validation-00000.arrayrecord (|when written)|"
+        "validation-00001.arrayrecord (other contents",
     ),
-    "replaced": (_replaced, "1 of 5|train-00000.arrayrecord (other contents"),
-    "outside": (_outside, "'../elsewhere.arrayrecord'|inside the data set"),
-    "all": (
-        None,
-        "5 of 5|train-00000.arrayrecord (0 bytes|train-00001.arrayrecord (No such|"
-        "train-00002.arrayrecord (other|validation-00000.arrayrecord (|"
-        "validation-00001.arrayrecord (other",
-    ),
+    "replaced": ([_replaced], "1 of 5|train-00000.arrayrecord (other contents"),
+    "outside": ([_outside], "'../elsewhere.arrayrecord'|inside the data set"),
 }
 
 
 def test_shards_that_are_not_as_written_are_all_refused_before_anything_starts(
     commands, sound, tmp_path
 ):
-    cases = {}
-    for name, (spoil, _) in DAMAGE.items():
-        shutil.copytree(sound, tmp_path / name)
-        for each in [spoil] if spoil else [_missing, _cut, _empty, _swapped]:
-            each(tmp_path / name)
-        paths = f"--config.data.path={tmp_path / name}", f"--workdir={tmp_path}/run"
-        cases[name] = [*TRAIN, *paths]
-    expected = {name: words for name, (_, words) in DAMAGE.items()}
-    commands.refuses("mmdit_jax.train", cases, expected)
+    arguments = {}
+    for name, (faults, _) in CASES.items():
+        directory = tmp_path / name.replace(" ", "_")
+        shutil.copytree(sound, directory)
+        for spoil in faults:
+            spoil(directory)
+        arguments[name] = [*TRAIN, f"--config.data.path={directory}", f"--workdir={tmp_path}/run"]
+    expected = {name: words for name, (_, words) in CASES.items()}
+    commands.refuses("mmdit_jax.train", arguments, expected)
     assert not (tmp_path / "run").exists(), "something was written"
 
 
