@@ -136,6 +136,13 @@ def default(*, depth: int = 24, resolution: int = 256, text_length: int = 77) ->
             },
             "faults": {
                 "max_substituted": 1e-3,  # share of damaged records in what a process has read
+                "max_skipped": 10,  # updates in a row that diverge; then the run ends
+                "max_nonfinite_samples": 0.001,  # share of all samples; 16 are always allowed
+                # Standard deviations above the mean of the last spike_window accepted steps, from
+                # which a loss or a gradient norm is a spike, whose update is skipped; 0 is off.
+                "spike_sigma": 0.0,
+                "spike_window": 128,
+                "replica_check_every": 0,  # steps; compares the copies of the state; 0 is off
             },
             "evaluation": {"every": 10_000, "samples": 4096, "levels": 8, "batch_size": 256},
             "samples": sampling(),

@@ -23,7 +23,7 @@ from mmdit_jax.data.loader import Loader
 from mmdit_jax.data.manifest import Bucket, Manifest
 from mmdit_jax.encoders import autoencoder as autoencoder_lib
 from mmdit_jax.encoders import pixels
-from mmdit_jax.encoders.conditioning import assemble, drop_mask
+from mmdit_jax.encoders.conditioning import assemble, drop_mask, finite
 from mmdit_jax.encoders.text import (
     encode,
     load_text_encoders,
@@ -73,6 +73,7 @@ def build(config: Config) -> Parts:
             drop_mask=lambda key, batch: drop_mask(
                 key, batch, config.data.dropout, names, together=config.data.dropout_all
             ),
+            finite=finite,
         ),
     )
 

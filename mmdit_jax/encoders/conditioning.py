@@ -132,6 +132,19 @@ def assemble(
     return Condition(context_BTE, pooled_BV)
 
 
+def finite(text: TextOutputs) -> jax.Array:
+    """(B,) bools: whether every state and every pooled feature of a sample is finite.
+
+    What `restore` makes of the padding does not count.
+    """
+    arrays = [restore(outputs) for outputs in text.values()]
+    arrays += [jnp.asarray(outputs["pooled"]) for outputs in text.values() if "pooled" in outputs]
+    finite_B = jnp.ones(arrays[0].shape[0], bool)
+    for array in arrays:
+        finite_B &= jnp.all(jnp.isfinite(array), axis=tuple(range(1, array.ndim)))
+    return finite_B
+
+
 def null_condition(text: TextOutputs, context_width: int, *, dtype: Any = jnp.float32) -> Condition:
     """The condition that training sees when every encoder is dropped: zeros of `text`'s shapes."""
     return assemble(text, context_width, dict.fromkeys(text, False), dtype=dtype)

@@ -45,7 +45,7 @@ def to_items(state: TrainState) -> dict[str, Any]:
     """What is saved under which name."""
     items = {
         "params": state.params,
-        "optimizer": {"step": state.step, "opt_state": state.opt_state},
+        "optimizer": {"step": state.step, "opt_state": state.opt_state, "guard": state.guard},
     }
     if state.ema_params is not None:
         items["ema_params"] = state.ema_params

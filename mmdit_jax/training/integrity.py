@@ -109,6 +109,15 @@ def first_holders(placed: NamedSharding, shape: tuple[int, ...]) -> np.ndarray:
     return np.array([first.setdefault(str(blocks[d]), i) for i, d in enumerate(devices)])
 
 
+def by_device(sums: list[jax.Array]) -> np.ndarray:
+    """Waits for what `block_checksums` returns: uint32 (arrays, devices), 0 for other processes."""
+    table = np.zeros((len(sums), sums[0].size), np.uint32)
+    for row, values in zip(table, sums, strict=True):
+        for shard in values.addressable_shards:
+            row[shard.index] = shard.data
+    return table
+
+
 def checksums(tree: Any) -> Callable[[], np.ndarray]:
     """Starts the checksums of a tree of arrays on one mesh.
 
@@ -117,18 +126,10 @@ def checksums(tree: Any) -> Callable[[], np.ndarray]:
         the sum over all processes is the checksum. The arrays may have been donated by then.
     """
     sums = block_checksums(tree)
-    holders = [first_holders(x.sharding, x.shape) for x in jax.tree.leaves(tree)]
-
-    def wait() -> np.ndarray:
-        totals = np.zeros(len(sums), np.uint32)
-        for i, (values, first) in enumerate(zip(sums, holders, strict=True)):
-            for shard in values.addressable_shards:
-                device = shard.index[0].start or 0
-                if first[device] == device:  # of several copies, one counts
-                    totals[i] += np.asarray(shard.data)[0]
-        return totals
-
-    return wait
+    # Of several copies, one counts.
+    first = np.stack([first_holders(x.sharding, x.shape) for x in jax.tree.leaves(tree)])
+    counts = first == np.arange(first.shape[1])
+    return lambda: np.sum(by_device(sums), axis=1, where=counts, dtype=np.uint32)
 
 
 def record(tree: Any) -> Callable[[], dict[str, list[Any]]]:

@@ -4,7 +4,6 @@ The loop knows its state, its step and its batches. What happens between steps (
 grids) is handed in as hooks by the command.
 """
 
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,8 +17,9 @@ from jax.experimental import multihost_utils
 from mmdit_jax.config import Config
 from mmdit_jax.data.loader import Loader
 from mmdit_jax.scaling import flops
-from mmdit_jax.training.limits import SUBSTITUTED, ShareLimit
+from mmdit_jax.training.limits import FaultLimits
 from mmdit_jax.training.metrics import Average, MetricWriter, Progress
+from mmdit_jax.training.replicas import compare_replicas
 from mmdit_jax.training.saving import SaveError, Saver
 from mmdit_jax.training.state import TrainState
 
@@ -69,10 +69,6 @@ class Preemption:
         return self._asked
 
 
-class NonFiniteLoss(RuntimeError):
-    """The loss or the gradient is NaN or infinite."""
-
-
 def train(
     config: Config,
     *,
@@ -94,14 +90,15 @@ def train(
 
     Raises:
         SaveError: the last state could not be saved, or too many in a row.
-        NonFiniteLoss: naming the step, its samples and the last good checkpoint.
+        Divergence, TooManyFaults: see `limits.FaultLimits`.
+        ReplicaMismatch: see `replicas.compare_replicas`.
     """
     first = step = int(state.step)
     last = config.steps
     preemption = Preemption()
     progress = Progress(last, active=jax.process_index() == 0)
     average = Average()
-    substituted = ShareLimit(config.faults.max_substituted, SUBSTITUTED)
+    limits = FaultLimits(config, loader, saver)
     clock = _Clock(config, loader, first)
     pending: tuple[int, Any] | None = None
 
@@ -118,14 +115,7 @@ def train(
             return
         at, metrics = pending[0], jax.device_get(pending[1])
         pending = None
-        if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
-            raise NonFiniteLoss(
-                f"step {at}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; samples "
-                f"{list(map(int, loader.sample_ids(at - 1)))[:64]}; last good checkpoint: "
-                f"{saver.newest()}"
-            )
-        size = loader.batch_sizes[loader.bucket_of_step(at - 1)]
-        substituted.add(int(metrics.get("substituted", 0)), size, step=at)
+        limits.check(at, metrics)
         average.add(metrics)
 
     stopping = False
@@ -139,6 +129,8 @@ def train(
             fetch()  # the first step waits for the first batch: it is left out of the speed
             clock.restart(step)
 
+        if config.faults.replica_check_every and step % config.faults.replica_check_every == 0:
+            compare_replicas(state, step)
         stopping = preemption.reached(step)
         retry = saver.failed() and jax.process_count() == 1  # many wait for the next interval
         saving = retry or stopping or step == last or step % config.checkpoint.every == 0
@@ -167,13 +159,13 @@ def train(
 
     if saver.wait():
         save()
-        if saver.wait():
+        if saver.wait() and not stopping:
             raise SaveError(
-                f"step {step} could not be saved; the newest checkpoint is {saver.newest()}: make "
+                f"step {step} could not be saved, there are checkpoints of {saver.steps()}: make "
                 "room and run the same command again, it goes on from there"
             )
     if stopping and step < last:
-        logging.info("stopped by SIGTERM after step %d, which is saved", step)
+        logging.info("stopped by SIGTERM after step %d, saved is %s", step, saver.steps()[-1:])
     return Outcome(state, preempted=stopping and step < last)
 
 

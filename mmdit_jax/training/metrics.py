@@ -74,6 +74,9 @@ def _drop_after(path: str, step: int) -> None:
     os.replace(temporary, path)
 
 
+SUMMED = ("skipped", "nonfinite_samples", "substituted")
+
+
 class Average:
     """Collects the metrics of the steps between two log lines."""
 
@@ -83,22 +86,34 @@ class Average:
 
     def add(self, metrics: Mapping[str, Any]) -> None:
         """Takes the fetched metrics of one step."""
-        self._rows.append({name: np.asarray(x, np.float64) for name, x in metrics.items()})
+        # `finite` is of the samples of this step and not of the step.
+        names = [name for name in metrics if name != "finite"]
+        self._rows.append({name: np.asarray(metrics[name], np.float64) for name in names})
 
     def pop(self) -> dict[str, float]:
-        """Scalars under `train/`: means, the largest attention logit, the loss of each bin of t."""
+        """Scalars under `train/`: means, the largest attention logit, the loss of each bin of t.
+
+        Those are of the steps whose update was made: a NaN would be all that is left of the mean.
+        Counts of faults are sums since the last line; counters of the whole run the newest.
+        """
         rows, self._rows = self._rows, []
         if not rows:
             return {}
         scalars = {}
+        made = [row for row in rows if not row["skipped"]]
         for name in rows[0]:
-            values = np.stack([row[name] for row in rows])
             if name.startswith("bin_"):
                 continue
-            scalars[f"train/{name}"] = float(
-                values.max() if name == "max_attention_logit" else values.mean()
-            )
-        loss, count = (sum(row[name] for row in rows) for name in ("bin_loss", "bin_count"))
+            if name in SUMMED:
+                scalars[f"train/{name}"] = float(sum(row[name] for row in rows))
+            elif name.endswith(("_total", "_in_a_row")):
+                scalars[f"train/{name}"] = float(rows[-1][name])
+            elif made:
+                values = np.stack([row[name] for row in made])
+                largest = name == "max_attention_logit"
+                scalars[f"train/{name}"] = float(values.max() if largest else values.mean())
+        zeros = np.zeros(T_BINS)
+        loss, count = (sum((r[name] for r in made), zeros) for name in ("bin_loss", "bin_count"))
         for i in range(T_BINS):
             if count[i]:
                 scalars[f"train/loss_t{i}"] = float(loss[i] / count[i])

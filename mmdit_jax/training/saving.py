@@ -118,10 +118,9 @@ class Saver:
         self.wait()
         self._close()
 
-    def newest(self) -> str:
-        """The newest checkpoint, for a message."""
-        steps = checkpoint.Checkpoints(os.path.dirname(self._directory)).steps()
-        return f"step {steps[-1]}" if steps else "none"
+    def steps(self) -> list[int]:
+        """Steps with a checkpoint, oldest first."""
+        return checkpoint.Checkpoints(os.path.dirname(self._directory)).steps()
 
     def _watch(self, manager: ocp.CheckpointManager) -> None:
         try:

@@ -14,6 +14,8 @@ from mmdit_jax import sharding
 from mmdit_jax.config import Config
 from mmdit_jax.models import BACKBONES
 from mmdit_jax.models.mmdit import REMAT_POLICIES
+from mmdit_jax.training import guard as guard_lib
+from mmdit_jax.training.guard import Guard
 
 
 @flax.struct.dataclass
@@ -25,12 +27,14 @@ class TrainState:
         params: the model.
         ema_params: their moving average, or None when `ema.decay` is 0.
         opt_state: of the optimizer.
+        guard: counts faults and remembers the last accepted steps.
     """
 
     step: jax.Array
     params: Any
     ema_params: Any
     opt_state: Any
+    guard: Guard
 
 
 class Purpose:
@@ -108,6 +112,7 @@ def plan_state(config: Config, optimizer: optax.GradientTransformation, mesh: Me
         params=params,
         ema_params=params if config.ema.decay > 0 else None,
         opt_state=jax.eval_shape(optimizer.init, params),
+        guard=jax.eval_shape(lambda: guard_lib.fresh(config.faults.spike_window)),
     )
     placed = sharding.parameter_shardings(boxed, mesh)
     shardings = sharding.state_shardings(abstract, placed, mesh)
@@ -135,6 +140,7 @@ def init_state(
             params=params,
             ema_params=jax.tree.map(jnp.copy, params) if config.ema.decay > 0 else None,
             opt_state=optimizer.init(params),
+            guard=guard_lib.fresh(config.faults.spike_window),
         )
 
     return jax.jit(init, out_shardings=plan.shardings)(config.seed)

@@ -19,6 +19,7 @@ from mmdit_jax import sharding
 from mmdit_jax.config import Config
 from mmdit_jax.data import latents
 from mmdit_jax.flow.formulation import Formulation
+from mmdit_jax.training import guard as guard_lib
 from mmdit_jax.training.optimizer import update_ema
 from mmdit_jax.training.state import Purpose, StatePlan, TrainState, purpose_key
 
@@ -33,10 +34,12 @@ class Conditioning(NamedTuple):
     Attributes:
         assemble: (text outputs, keep or None) -> (context_BTE, pooled_BV).
         drop_mask: (key, B) -> which encoder of which sample is kept.
+        finite: text outputs -> (B,) bools, whether all of a sample's text is finite.
     """
 
     assemble: Callable[..., Any]
     drop_mask: Callable[[jax.Array, int], Mapping[str, jax.Array]]
+    finite: Callable[[Mapping[str, Any]], jax.Array]
 
 
 def make_predict(model: nn.Module, formulation: Formulation) -> Predict:
@@ -50,12 +53,16 @@ def make_predict(model: nn.Module, formulation: Formulation) -> Predict:
 
 
 class Noised(NamedTuple):
-    """What a step draws for its batch, before the network; `offset` into the position grid."""
+    """What a step draws for its batch, before the network; `offset` into the position grid.
+
+    Of a sample that is not `finite` the latent and the text are zeros, and its loss is left out.
+    """
 
     x0: jax.Array
     eps: jax.Array
     t: jax.Array
     keep: Any
+    finite: jax.Array
     offset: jax.Array | None = None
 
 
@@ -78,9 +85,15 @@ def draw(
     def key(purpose: int) -> jax.Array:
         return purpose_key(seed, step, purpose)
 
-    x0 = latents.to_x0(batch["latent"], autoencoder, key(Purpose.LATENT))
-    batch_size = x0.shape[0]
+    batch_size = batch["latent"].shape[0]
+    finite = jnp.all(jnp.isfinite(batch["latent"]), axis=(1, 2, 3))
+    finite = sharding.constrain(finite & conditioning.finite(batch["text"]), "batch")
+    # Here and not in the loss: a NaN that reaches the network is in every gradient, whatever the
+    # weight of its sample (0 * NaN is NaN).
+    stored = jnp.where(finite[:, None, None, None], batch["latent"], 0)
+    x0 = latents.to_x0(stored, autoencoder, key(Purpose.LATENT))
     eps = jax.random.normal(key(Purpose.NOISE), x0.shape, jnp.float32)
+    keep = conditioning.drop_mask(key(Purpose.TEXT_DROPOUT), batch_size)
     offset = None
     if grid is not None:
         free = jnp.array([grid[0] - side // grid[1] for side in x0.shape[1:3]])
@@ -90,10 +103,8 @@ def draw(
         x0=sharding.constrain(x0, "batch", None, None, None),
         eps=sharding.constrain(eps, "batch", None, None, None),
         t=sharding.constrain(formulation.sample_t(key(Purpose.TIMESTEP), (batch_size,)), "batch"),
-        keep=jax.tree.map(
-            lambda keep_B: sharding.constrain(keep_B, "batch"),
-            conditioning.drop_mask(key(Purpose.TEXT_DROPOUT), batch_size),
-        ),
+        keep=jax.tree.map(lambda keep_B: sharding.constrain(keep_B & finite, "batch"), keep),
+        finite=finite,
         offset=offset,
     )
 
@@ -114,7 +125,7 @@ def make_train_step(
     if config.model.pos_embed_random_crop:
         grid = (config.model.pos_embed_max_size, config.model.patch)
 
-    def loss_fn(params: Any, text: Any, noised: Noised):
+    def loss_fn(params: Any, text: Any, noised: Noised, scale: jax.Array):
         condition = conditioning.assemble(text, noised.keep)
         z = formulation.noisy(noised.x0, noised.eps, noised.t)
         output, sown = model.apply(  # pyright: ignore
@@ -126,10 +137,11 @@ def make_train_step(
             mutable=["intermediates"] if log_logits else [],
         )
         loss_B = formulation.loss(output, noised.x0, noised.eps, z, noised.t)
+        loss_B = jnp.where(noised.finite, loss_B, 0.0)
         bin_B = jnp.clip((noised.t * T_BINS).astype(jnp.int32), 0, T_BINS - 1)
-        in_bin = jax.nn.one_hot(bin_B, T_BINS)
+        in_bin = jax.nn.one_hot(bin_B, T_BINS) * noised.finite[:, None]
         metrics = {
-            "loss": jnp.mean(loss_B),
+            "loss": jnp.mean(loss_B) * scale,
             "bin_loss": jnp.sum(in_bin * loss_B[:, None], axis=0),
             "bin_count": jnp.sum(in_bin, axis=0),
         }
@@ -150,12 +162,16 @@ def make_train_step(
         return jax.tree.map(split, tree)
 
     def gradients(params: Any, text: Any, noised: Noised):
+        # The loss is a mean over the finite samples of the whole batch, in however many parts it
+        # comes: the factor is exactly 1 where all are, and infinite (0 * inf is NaN, and the update
+        # is skipped) where none is.
+        scale = noised.finite.size / jnp.sum(noised.finite, dtype=jnp.float32)
         if accumulate == 1:
-            (_, metrics), grads = grad_fn(params, text, noised)
+            (_, metrics), grads = grad_fn(params, text, noised, scale)
             return grads, metrics
 
         def add(total: Any, micro: Any):
-            (_, metrics), grads = grad_fn(params, *micro)
+            (_, metrics), grads = grad_fn(params, *micro, scale)
             return jax.tree.map(jnp.add, total, grads), metrics
 
         zeros = jax.tree.map(jnp.zeros_like, params)
@@ -189,12 +205,27 @@ def make_train_step(
             ema_params = update_ema(
                 ema_params, params, step, decay=config.ema.decay, every=config.ema.every
             )
+        loss, grad_norm = metrics["loss"], optax.tree.norm(grads)
+        accepted = guard_lib.accepts(state.guard, loss, grad_norm, sigma=config.faults.spike_sigma)
+        params, opt_state, ema_params = guard_lib.chosen(
+            accepted,
+            (params, opt_state, ema_params),
+            (state.params, state.opt_state, state.ema_params),
+        )
+        faulty = {
+            "nonfinite_samples": jnp.sum(~noised.finite, dtype=jnp.int32),
+            "substituted": jnp.sum(jnp.asarray(batch.get("substituted", 0)), dtype=jnp.int32),
+        }
+        guard = guard_lib.advance(state.guard, accepted, loss, grad_norm, **faulty)
         metrics |= {
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": grad_norm,
             "param_norm": optax.tree.norm(params),
             "update_norm": optax.tree.norm(updates),
+            "finite": noised.finite,
+            **faulty,
+            **guard_lib.metrics(guard, accepted),
         }
-        return TrainState(step, params, ema_params, opt_state), metrics
+        return TrainState(step, params, ema_params, opt_state, guard), metrics
 
     return train_step
 

@@ -21,6 +21,9 @@ from mmdit_jax.data.manifest import Manifest
 # May differ between the runs that share a workdir; everything else decides the result.
 FREE = (
     "checkpoint",
+    "faults.max_skipped",  # the spike rule is not free: it decides which updates are made
+    "faults.max_nonfinite_samples",
+    "faults.replica_check_every",
     "evaluation",
     "samples",
     "log",

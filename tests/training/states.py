@@ -7,6 +7,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mmdit_jax import sharding
+from mmdit_jax.training import guard
 from mmdit_jax.training.state import StatePlan, TrainState
 
 PLACES = {
@@ -41,6 +42,7 @@ def small_state(step: int = 0, devices: int = 1, **mesh: int) -> TrainState:
         params=params,
         ema_params=jax.tree.map(lambda x: x + 1, params),
         opt_state=opt_state,
+        guard=jax.tree.map(lambda x: place(x + step, P()), guard.fresh(4)),
     )
 
 

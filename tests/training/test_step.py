@@ -8,46 +8,16 @@ import numpy as np
 import optax
 import pytest
 
-from mmdit_jax import config as config_lib
 from mmdit_jax import run, sharding
 from mmdit_jax.data import latents
+from mmdit_jax.training import guard as guard_lib
 from mmdit_jax.training import state as state_lib
 from mmdit_jax.training import step as step_lib
-
-AUTOENCODER = {"kind": "moments", "shift": 0.1, "scale": 1.5}
-
-
-def tiny_config(**changes):
-    config = config_lib.default(depth=2, resolution=32, text_length=3)
-    config.steps, config.batch_size = 10, 16
-    config.data.text_encoders.clip_l.update(width=8, pooled_width=8)
-    config.data.text_encoders.clip_g.update(width=8, pooled_width=8)
-    config.data.text_encoders.t5.update(width=24)
-    config.model.update(channels=4, context_width=24)
-    config.optimizer.update(learning_rate=1e-3, warmup=0, eps=1e-8)
-    config.ema.update(decay=0.9, every=1)
-    config.update_from_flattened_dict(changes)
-    return config
-
-
-def batch(size=16, seed=0):
-    rng = np.random.default_rng(seed)
-
-    def normal(*shape):
-        return rng.normal(size=shape).astype(np.float16)
-
-    return {
-        "latent": normal(size, 4, 4, 8),
-        "text": {
-            "clip_l": {"sequence": normal(size, 3, 8), "pooled": normal(size, 8)},
-            "clip_g": {"sequence": normal(size, 3, 8), "pooled": normal(size, 8)},
-            "t5": {"sequence": normal(size, 3, 24)},
-        },
-    }
+from tests.training.making import AUTOENCODER, batch, damaged_batch, tiny_config
 
 
 @functools.cache
-def trained(steps=2, devices=1, mesh=(), changes=()):
+def trained(steps=2, devices=1, mesh=(), changes=(), make=batch):
     """State and metrics after some steps; randomised params, so that adaLN-zero hides nothing."""
     config = tiny_config(**dict(changes))
     parts = run.build(config)
@@ -79,7 +49,7 @@ def trained(steps=2, devices=1, mesh=(), changes=()):
     rows = []
     for i in range(steps):
         placed = jax.tree.map(
-            lambda x: jax.device_put(x, sharding.batch_sharding(made)), batch(seed=i)
+            lambda x: jax.device_put(x, sharding.batch_sharding(made)), make(seed=i)
         )
         state, metrics = step(state, placed)
         rows.append(jax.device_get(metrics))
@@ -121,6 +91,15 @@ def test_bins_of_t_partition_the_loss():
     for row in rows:
         assert row["bin_count"].sum() == 16
         np.testing.assert_allclose(row["bin_loss"].sum() / 16, row["loss"], rtol=1e-5)
+
+
+def test_nan_in_a_record_reaches_no_gradient_of_the_network():
+    """With attention and norms, in which a sample of zeros must stay finite."""
+    state, rows = trained(make=damaged_batch)
+    for row in rows:
+        assert row["nonfinite_samples"] == 3 and not row["skipped"] and row["grad_norm"] > 0
+    for leaf in jax.tree.leaves((state.params, state.opt_state)):
+        assert np.isfinite(leaf).all()
 
 
 def test_the_last_step_decides_what_is_drawn_not_the_mesh():
@@ -168,6 +147,11 @@ def test_a_batch_of_a_shape_that_was_not_compiled_is_refused():
         step(None, {"latent": jnp.zeros((8, 2, 8, 8))})
 
 
+def fresh_state(step, params):
+    opt_state = optax.sgd(1.0).init(params)
+    return state_lib.TrainState(step, params, None, opt_state, guard_lib.fresh(4))
+
+
 def step_of(parts, model):
     """The training step of another model."""
     return step_lib.make_train_step(
@@ -197,7 +181,7 @@ def test_a_random_crop_is_drawn_per_sample_within_the_grid_and_given_to_the_netw
     many["latent"] = np.zeros((512, 4, 8, 8), np.float16)
     found = []
     for number in (0, 0, 1):
-        state = state_lib.TrainState(jnp.int32(number), params, None, optax.sgd(1.0).init(params))
+        state = fresh_state(jnp.int32(number), params)
         jax.block_until_ready(jax.jit(step)(state, many))
         jax.effects_barrier()
         found.append(np.asarray(seen["offset"]))
@@ -248,7 +232,7 @@ def test_t_given_to_the_network_is_the_t_of_the_noise_also_in_bfloat16():
 
     step = step_of(parts, Spy())
     params = {"w": jnp.float32(1)}
-    state = state_lib.TrainState(jnp.int32(0), params, None, optax.sgd(1.0).init(params))
+    state = fresh_state(jnp.int32(0), params)
     jax.jit(step)(state, batch())
     drawn = step_lib.draw(
         batch(),
