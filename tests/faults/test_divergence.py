@@ -21,6 +21,7 @@ from mmdit_jax.training import step as step_lib
 from mmdit_jax.training.checkpoint import Checkpoints
 from mmdit_jax.training.limits import Divergence
 from mmdit_jax.training.metrics import MetricWriter
+from mmdit_jax.training.replicas import ReplicaMismatch
 from mmdit_jax.training.saving import Saver
 from tests.commands.running import TRAIN
 from tests.training.making import AUTOENCODER, batch, damaged_batch, tiny_config
@@ -213,11 +214,12 @@ class Saves:
 
     failures = 0
 
-    def __init__(self):
-        self.saved = []
+    def __init__(self, workdir):
+        self._workdir, self.saved = workdir, []
 
     def save(self, state, meta):
         self.saved.append(int(state.step))
+        (self._workdir / "saved").write_text(str(self.saved))
 
     def failed(self):
         return False
@@ -229,12 +231,14 @@ class Saves:
         return False
 
 
-def train(monkeypatch, workdir, broken, **settings):
+def train(monkeypatch, workdir, broken, replica_check=None, **settings):
     config, step = linear_step()
     config = config.copy_and_resolve_references()
     config.update_from_flattened_dict({"log.every": 4, "checkpoint.every": 2} | settings)
     monkeypatch.setattr(loop, "Preemption", Preemption)
-    data, saves = Data(broken), Saves()
+    if replica_check:
+        monkeypatch.setattr(loop, "compare_replicas", replica_check)
+    data, saves = Data(broken), Saves(workdir)
     writer = MetricWriter(str(workdir), start_step=0, active=True)
     try:
         loop.train(
@@ -252,11 +256,11 @@ def train(monkeypatch, workdir, broken, **settings):
     finally:
         writer.close()
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return saves.saved, [json.loads(line) for line in lines]
+    return [json.loads(line) for line in lines]
 
 
 def test_a_run_with_faults_ends_and_its_log_has_the_sum_and_no_nan(monkeypatch, tmp_path):
-    _, rows = train(monkeypatch, tmp_path, (1, 2, 5), **{"faults.max_skipped": 3})
+    rows = train(monkeypatch, tmp_path, (1, 2, 5), **{"faults.max_skipped": 3})
     assert [row["step"] for row in rows] == [1, 4, 8, 10]
     assert [row["train/skipped"] for row in rows] == [0, 2, 1, 0]
     assert [row["train/skipped_total"] for row in rows] == [0, 2, 3, 3]
@@ -270,6 +274,20 @@ def test_a_run_that_diverges_ends_at_the_step_of_the_limit(monkeypatch, tmp_path
     ) as raised:
         train(monkeypatch, tmp_path, broken, **{"faults.max_skipped": 3})
     assert "samples [96, 97" in str(raised.value)
+
+
+def test_a_state_whose_copies_differ_is_not_saved(monkeypatch, tmp_path):
+    asked = []
+
+    def replica_check(state, step):
+        assert int(state.step) == step
+        asked.append(step)
+        if step == 6:
+            raise ReplicaMismatch
+
+    with pytest.raises(ReplicaMismatch):
+        train(monkeypatch, tmp_path, (), replica_check, **{"faults.replica_check_every": 3})
+    assert asked == [3, 6] and (tmp_path / "saved").read_text() == "[2, 4]"
 
 
 @pytest.mark.slow

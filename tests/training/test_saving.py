@@ -45,7 +45,7 @@ def test_a_failed_save_leaves_nothing_and_the_next_one_works(tmp_path, full_disk
     assert saver.wait() and not saver.wait()
     assert "step 2 could not be saved" in caplog.text and "No space left" in caplog.text
     assert os.listdir(tmp_path / "checkpoints") == ["1"]
-    assert saver.newest() == "step 1"
+    assert saver.steps() == [1]
     full_disk["full"] = False
     saver.save(small_state(2), META)  # the same step again
     assert not saver.wait() and saver.failures == 1
