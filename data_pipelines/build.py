@@ -23,13 +23,12 @@ part it was making, and the same command, or any other number of processes, goes
 
 import dataclasses
 import shlex
-import sys
 import warnings
 
 from absl import flags
 
 from data_pipelines.embeddings import PHASH
-from data_pipelines.job import WAIT_S, PeerLost, from_environment
+from data_pipelines.job import WAIT_S, from_environment
 from data_pipelines.pipeline import build
 from data_pipelines.settings import Settings
 from mmdit_jax import command
@@ -178,18 +177,14 @@ flags.DEFINE_bool("overwrite", False, "Throw away what --output holds of an earl
 FLAGS = flags.FLAGS
 
 
-def main(argv: list[str]) -> int | None:
+def main(argv: list[str]) -> None:
     """Builds the data set and says what to do with it."""
     del argv
     settings = settings_of_flags()
     if not FLAGS.num_processes and FLAGS.process_id < 0:
         processes, process = from_environment()
         settings = dataclasses.replace(settings, num_processes=processes, process_id=process)
-    try:
-        command_line = train_command(settings, build(settings))
-    except PeerLost as error:
-        print(f"error: {error}", file=sys.stderr)
-        return command.EXIT_RESUME
+    command_line = train_command(settings, build(settings))
     print(f"\ndata set in {settings.output}; train on it with\n\n    {command_line}\n")
 
 

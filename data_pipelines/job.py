@@ -14,13 +14,10 @@ from typing import NamedTuple, Protocol
 from absl import logging
 
 from data_pipelines.progress import Progress
+from mmdit_jax.hosts import PeerLost
 
 WAIT_S = 3600.0
 FIRST_POLL_S, LAST_POLL_S = 0.02, 5.0  # often at first: mostly the others are nearly done
-
-
-class PeerLost(RuntimeError):
-    """Nothing has come from another process for too long; run the same command again."""
 
 
 class Job(NamedTuple):

@@ -1,9 +1,13 @@
 """How every command starts and how it ends: flags, logging, exit codes.
 
-0   done
-2   the user's mistake: one line with the value, the rule and the remedy (do not retry)
-75  interrupted with everything saved: run the same command again (EX_TEMPFAIL)
-1   anything else, with a traceback
+0    done
+2    the user's mistake: one line with the value, the rule and the remedy; again would not help
+75   interrupted, by SIGTERM, a lost peer or the watchdog: the same command goes on (EX_TEMPFAIL)
+128+ ended by a signal, whose number is added: 134 jax aborted, 137 SIGKILL, 143 SIGTERM before this
+     program could answer it. As 75
+1    anything else, with a traceback: again may help, but not often
+
+`launch/local.sh` acts on them, and so should whatever else starts commands.
 """
 
 import logging as python_logging
@@ -15,10 +19,12 @@ from collections.abc import Callable
 
 from absl import flags, logging
 
+from mmdit_jax import hosts
+
 EXIT_OK = 0
 EXIT_FAILURE = 1
 EXIT_USER = 2
-EXIT_RESUME = 75
+EXIT_RESUME = os.EX_TEMPFAIL
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _OURS = tuple(os.path.join(_ROOT, d) + os.sep for d in ("mmdit_jax", "data_pipelines", "configs"))
@@ -56,8 +62,11 @@ def run(main: Callable[[list[str]], int | None], *, positional: int = 0) -> None
         _leave(EXIT_USER, f"error: {_one_line(error)}")
     except KeyboardInterrupt:
         _leave(EXIT_FAILURE, "interrupted")
-    except Exception:
+    except hosts.PeerLost as error:
+        _leave(EXIT_RESUME, f"error: {_one_line(error)}")
+    except Exception as error:
         traceback.print_exc()
+        hosts.end_if_peer_lost(error)
         _leave(EXIT_FAILURE)
     _leave(code)
 

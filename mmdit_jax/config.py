@@ -143,6 +143,9 @@ def default(*, depth: int = 24, resolution: int = 256, text_length: int = 77) ->
                 "spike_sigma": 0.0,
                 "spike_window": 128,
                 "replica_check_every": 0,  # steps; compares the copies of the state; 0 is off
+                # A process in which nothing new begins for so long ends, with exit code 75. Must be
+                # longer than any one compilation, restore, hook or save; 0 is off.
+                "watchdog_s": 600.0,
             },
             "evaluation": {"every": 10_000, "samples": 4096, "levels": 8, "batch_size": 256},
             "samples": sampling(),

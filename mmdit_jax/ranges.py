@@ -55,6 +55,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "faults.max_substituted": (0.0, 1.0),
     "faults.max_skipped": _FROM_ONE,
     "faults.max_nonfinite_samples": (0.0, 1.0),
+    "faults.watchdog_s": (0.0, 1e6),
     "faults.spike_sigma": (0.0, 1e6),
     "faults.spike_window": (2, 1 << 20),
     "faults.replica_check_every": _COUNT,

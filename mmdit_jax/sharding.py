@@ -12,7 +12,6 @@ activations pass through `constrain`; `RULES` says what each name means on the m
 """
 
 import contextlib
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor", "context")
@@ -46,50 +44,6 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 
 # A parameter of more elements than this must be split whenever the mesh has an fsdp axis.
 LARGE_PARAMETER = 1 << 20
-
-
-def initialize_distributed(
-    coordinator: str = "", num_processes: int = 0, process_id: int = -1
-) -> None:
-    """Joins the other processes of the job, before anything else touches the devices.
-
-    With a coordinator address the three arguments describe the job. Without, TPU pods and SLURM /
-    GKE jobs are found from their environment, and a lone process is left alone.
-
-    Raises:
-        ValueError: a coordinator without the number of processes or the id of this one.
-    """
-    if coordinator:
-        if num_processes < 1 or not 0 <= process_id < num_processes:
-            raise ValueError(
-                f"--coordinator={coordinator} with --num_processes={num_processes} and "
-                f"--process_id={process_id}: needs 0 <= process_id < num_processes; give both"
-            )
-        jax.distributed.initialize(
-            coordinator,
-            num_processes,
-            process_id,
-            heartbeat_timeout_seconds=30,
-            shutdown_timeout_seconds=30,
-        )
-    elif any(os.environ.get(name) for name in ("TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES")) or (
-        int(os.environ.get("SLURM_NTASKS", "1")) > 1
-    ):
-        jax.distributed.initialize()
-
-
-def agree(ok: bool) -> bool:
-    """True if `ok` holds in every process of the job; all of them must ask."""
-    if jax.process_count() == 1:
-        return ok
-    return bool(np.all(multihost_utils.process_allgather(np.array(ok))))
-
-
-def total(values: np.ndarray) -> np.ndarray:
-    """The sum over all processes of an array of integers; all of them must ask."""
-    if jax.process_count() == 1:
-        return values
-    return np.sum(multihost_utils.process_allgather(values), axis=0, dtype=values.dtype)
 
 
 def mesh_shape(*, data: int, fsdp: int, tensor: int, context: int, devices: int) -> dict[str, int]:

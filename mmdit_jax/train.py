@@ -3,8 +3,9 @@
     python -m mmdit_jax.train --config=configs/shapes.py --workdir=runs/first \\
         --config.data.path=data/shapes
 
-The same command again goes on where the run stopped. Exit code 75 asks for that (SIGTERM arrived
-and everything is saved). `--dry_run` prints what would run, as JSON, without allocating the model.
+The same command again goes on where the run stopped. Exit code 75 asks for that (SIGTERM, a lost
+host, a process that was stuck). `--dry_run` prints what would run, as JSON, without allocating the
+model.
 """
 
 import json
@@ -17,7 +18,7 @@ from absl import flags, logging
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
-from mmdit_jax import command, run, sharding
+from mmdit_jax import command, hosts, run, sharding
 from mmdit_jax import config as config_lib
 from mmdit_jax.data.loader import Loader
 from mmdit_jax.data.manifest import Bucket
@@ -30,8 +31,10 @@ from mmdit_jax.training.checkpoint import Checkpoints, to_items
 from mmdit_jax.training.lock import Lock
 from mmdit_jax.training.loop import Hook, train
 from mmdit_jax.training.metrics import MetricWriter, kept_going
+from mmdit_jax.training.preemption import Preemption
 from mmdit_jax.training.saving import Saver
 from mmdit_jax.training.step import compile_train_step, make_train_step
+from mmdit_jax.training.watchdog import Watchdog
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file with its arguments: configs/mmdit.py:depth=24,resolution=256"
@@ -133,7 +136,8 @@ def main(argv: list[str]) -> int:
 
     # Before anything else touches the devices. Then everything that a user may have wrong is
     # checked before the first compilation.
-    sharding.initialize_distributed(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    hosts.initialize_distributed(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    preemption = Preemption()
     request = resume.parse(
         _RESUME.value,
         _ROLLBACK_TO.value,
@@ -148,7 +152,7 @@ def main(argv: list[str]) -> int:
         run.check_init_from(config)
     hooks = make_hooks(parts, mesh, loader, workdir)
     with Lock(workdir, active=jax.process_index() == 0):
-        return train_run(parts, mesh, loader, hooks, workdir, request)
+        return train_run(parts, mesh, loader, hooks, workdir, request, preemption)
 
 
 def train_run(
@@ -158,11 +162,14 @@ def train_run(
     hooks: Sequence[Hook],
     workdir: str,
     request: resume.Request,
+    preemption: Preemption,
 ) -> int:
     """Trains from where the workdir is to the last step; returns the exit code."""
     config = parts.config
+    watchdog = Watchdog(config.faults.watchdog_s)
     first_process = jax.process_index() == 0
     optimizer, plan = run.plan(parts, mesh)
+    watchdog.progress("restoring a checkpoint")
     start = resume.start(
         Checkpoints(workdir), plan, request, workdir=workdir, config=config, loader=loader
     )
@@ -184,6 +191,7 @@ def train_run(
             logging.warning("bucket %s: a batch holds some of its records several times", bucket)
     sharding.log_overview("parameters", plan.abstract.params, plan.shardings.params)
     if state is None:
+        watchdog.progress("initializing the state")
         state = state_lib.init_state(config, optimizer, plan)
         if config.init_from:
             state = run.init_from(config, state, plan)
@@ -200,9 +208,16 @@ def train_run(
     )
     batches = loader.batches(step, sharding.batch_sharding(mesh))  # reads while the step compiles
     train_step = compile_train_step(
-        train_step, plan, mesh, [loader.abstract_batch(bucket) for bucket in filled]
+        train_step,
+        plan,
+        mesh,
+        [loader.abstract_batch(bucket) for bucket in filled],
+        progress=watchdog.progress,
     )
     saver = Saver(workdir, keep=config.checkpoint.keep, max_failures=config.checkpoint.max_failures)
+    watchdog.progress("compiled, waiting for the other processes")
+    # Just before the watchdog, which does not know who is missing.
+    hosts.barrier("the first step", 0.9 * config.faults.watchdog_s or 24 * 3600)
     writer = MetricWriter(workdir, start_step=step, active=first_process)
     outcome = train(
         config,
@@ -215,6 +230,8 @@ def train_run(
         earlier_samples=start.stream.samples,
         writer=writer,
         hooks=hooks,
+        preemption=preemption,
+        watchdog=watchdog,
     )
     saver.close()
     writer.close()

@@ -23,7 +23,7 @@ import ml_dtypes
 import numpy as np
 from absl import flags, logging
 
-from mmdit_jax import command, run, sharding, strict_json
+from mmdit_jax import command, hosts, run, sharding, strict_json
 from mmdit_jax import config as config_lib
 from mmdit_jax.config import Config
 from mmdit_jax.data.manifest import Manifest
@@ -259,7 +259,7 @@ def main(argv: list[str]) -> int:
     for flag in (_FORMAT, _INPUT, _OUTPUT):
         if not flag.value:
             raise ValueError(f"--{flag.name} is missing; see --help")
-    sharding.initialize_distributed()
+    hosts.initialize_distributed()
     print(ACTIONS[argv[1]]())
     return command.EXIT_OK
 

@@ -13,23 +13,33 @@ ANYTHING = None
 
 # room -> rooms of mmdit_jax that it may import (itself always). None: anything but a command.
 MAY_IMPORT = {
-    "mmdit_jax.command": set(),
+    "mmdit_jax.command": {"hosts"},
     "mmdit_jax.config": {"ranges"},
     "mmdit_jax.ranges": set(),
     "mmdit_jax.strict_json": set(),
     "mmdit_jax.sharding": set(),
+    "mmdit_jax.hosts": set(),
     "mmdit_jax.flow": set(),
     "mmdit_jax.models": {"sharding"},
     "mmdit_jax.encoders": {"sharding", "strict_json"},
     "mmdit_jax.data": {"sharding", "strict_json"},
     "mmdit_jax.scaling": {"config"},
     "mmdit_jax.interop": {"models", "encoders", "strict_json"},
-    "mmdit_jax.training": {"config", "ranges", "sharding", "strict_json", "flow", "models", "data"}
+    "mmdit_jax.training": {
+        "config",
+        "hosts",
+        "ranges",
+        "sharding",
+        "strict_json",
+        "flow",
+        "models",
+        "data",
+    }
     | {"scaling.flops"},
     "mmdit_jax.evaluation": {"sharding", "flow", "encoders", "data"},
     "mmdit_jax.finetuning": {"flow", "models", "sharding", "training.state", "training.step"},
     "mmdit_jax.run": ANYTHING,
-    "data_pipelines": {"command", "config", "sharding", "strict_json", "data", "encoders"}
+    "data_pipelines": {"command", "config", "hosts", "sharding", "strict_json", "data", "encoders"}
     | {"interop"},
     "configs": {"config"},
 } | {f"mmdit_jax.{name}": ANYTHING for name in COMMANDS}

@@ -27,7 +27,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
-from mmdit_jax import sharding
+from mmdit_jax import hosts
 from mmdit_jax.training import integrity
 from mmdit_jax.training.integrity import DamagedError
 from mmdit_jax.training.state import StatePlan, TrainState
@@ -183,7 +183,7 @@ class Checkpoints:
         logging.error("%s; it is now %s/%s", reason, self._directory, target)
         if jax.process_index() == 0:
             os.rename(self._path(step), os.path.join(self._directory, target))
-        sharding.agree(True)  # nobody goes on before it is renamed
+        hosts.agree(True)  # nobody goes on before it is renamed
 
     def _names(self) -> list[str]:
         return os.listdir(self._directory) if os.path.isdir(self._directory) else []
@@ -225,7 +225,7 @@ class Checkpoints:
             raise  # says nothing about the checkpoint
         except Exception as caught:  # whatever the readers of a dozen formats raise
             error = caught
-        if not sharding.agree(error is None):
+        if not hosts.agree(error is None):
             said = " ".join(str(error or "another process could not read it").split())
             raise DamagedError(f"checkpoint {self._path(step)} is damaged: {said[:300]}") from error
         return result

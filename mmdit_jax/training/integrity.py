@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from mmdit_jax import sharding
+from mmdit_jax import hosts, sharding
 
 # Odd constants of the finaliser of MurmurHash3 (Appleby), and the golden ratio for the place.
 _PLACE, _FIRST, _SECOND = 0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35
@@ -163,7 +163,7 @@ def joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 def differing(recorded: Mapping[str, Any], tree: Any) -> list[str]:
     """Names of the arrays whose checksum is not the recorded one; all processes must ask."""
-    sums = sharding.total(checksums(tree)())
+    sums = hosts.total(checksums(tree)())
     return [
         name
         for name, value in zip(leaves(tree), sums, strict=True)

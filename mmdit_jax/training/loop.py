@@ -4,7 +4,6 @@ The loop knows its state, its step and its batches. What happens between steps (
 grids) is handed in as hooks by the command.
 """
 
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,16 +11,17 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
 
 from mmdit_jax.config import Config
 from mmdit_jax.data.loader import Loader
 from mmdit_jax.scaling import flops
 from mmdit_jax.training.limits import FaultLimits
 from mmdit_jax.training.metrics import Average, MetricWriter, Progress
+from mmdit_jax.training.preemption import Preemption
 from mmdit_jax.training.replicas import compare_replicas
 from mmdit_jax.training.saving import SaveError, Saver
 from mmdit_jax.training.state import TrainState
+from mmdit_jax.training.watchdog import Watchdog
 
 
 class Hook(NamedTuple):
@@ -48,27 +48,6 @@ class Outcome(NamedTuple):
     preempted: bool
 
 
-class Preemption:
-    """Notices SIGTERM (a preempted machine) and lets all processes stop at the same step."""
-
-    def __init__(self):
-        """Takes over SIGTERM, unless jax.distributed already listens for it."""
-        self._asked = False
-        self._distributed = jax.distributed.is_initialized()
-        if not self._distributed:
-            signal.signal(signal.SIGTERM, self._ask)
-
-    def _ask(self, number: int, frame: Any) -> None:
-        del number, frame
-        self._asked = True
-
-    def reached(self, step: int) -> bool:
-        """True from the step at which every process stops; all must call it with each step."""
-        if self._distributed:
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self._asked
-
-
 def train(
     config: Config,
     *,
@@ -81,6 +60,8 @@ def train(
     earlier_samples: int,
     writer: MetricWriter,
     hooks: Sequence[Hook],
+    preemption: Preemption,
+    watchdog: Watchdog,
 ) -> Outcome:
     """Runs steps until `config.steps` or preemption; saves, logs, validates on the way.
 
@@ -95,7 +76,6 @@ def train(
     """
     first = step = int(state.step)
     last = config.steps
-    preemption = Preemption()
     progress = Progress(last, active=jax.process_index() == 0)
     average = Average()
     limits = FaultLimits(config, loader, saver)
@@ -119,11 +99,13 @@ def train(
         average.add(metrics)
 
     stopping = False
+    preemption.training_begins()
     while step < last and not stopping:
         batch = next(batches)
         state, metrics = train_step(state, batch)
         fetch()
         step += 1
+        watchdog.progress(f"step {step} was dispatched")
         pending = (step, metrics)
         if step == first + 1:
             fetch()  # the first step waits for the first batch: it is left out of the speed
@@ -149,14 +131,17 @@ def train(
         if saving or due:
             with clock.paused():
                 if saving:
+                    watchdog.progress(f"saving step {step}")
                     save()
                 for hook in due:
+                    watchdog.progress(f"{hook.name} after step {step}")
                     scalars = hook.run(state, step)
                     if scalars:
                         writer.write(step, samples(), scalars)
                         text = "  ".join(f"{k} {v:.4f}" for k, v in list(scalars.items())[:2])
                         logging.info("step %d  %s  %s", step, hook.name, text)
 
+    watchdog.progress(f"step {step}, waiting until it is saved")
     if saver.wait():
         save()
         if saver.wait() and not stopping:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mmdit_jax import sharding
+from mmdit_jax import hosts
 from mmdit_jax.training import integrity
 
 NAMED = 8  # arrays in a message
@@ -29,7 +29,7 @@ def compare_replicas(tree: Any, step: int) -> None:
         ReplicaMismatch: names arrays and devices.
     """
     arrays = integrity.leaves(tree)
-    sums = sharding.total(integrity.by_device(integrity.block_checksums(tree)))
+    sums = hosts.total(integrity.by_device(integrity.block_checksums(tree)))
     first = np.stack([integrity.first_holders(x.sharding, x.shape) for x in arrays.values()])
     wrong = np.flatnonzero((sums != np.take_along_axis(sums, first, axis=1)).any(axis=1))
     if not len(wrong):

@@ -19,7 +19,7 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint.future import CommitFutureAwaitingContractedSignals, Future
 
-from mmdit_jax import sharding
+from mmdit_jax import hosts
 from mmdit_jax.training import checkpoint, integrity
 from mmdit_jax.training.state import TrainState
 
@@ -160,7 +160,7 @@ class Saver:
     def _open(self) -> ocp.CheckpointManager:
         # After a failure Orbax's manager counts the step as saved, refuses older ones, and reports
         # the error at the next save: a new one is opened, in all processes or in none.
-        if not sharding.agree(self._manager is not None):
+        if not hosts.agree(self._manager is not None):
             self._close()
             self._manager = ocp.CheckpointManager(
                 self._directory,

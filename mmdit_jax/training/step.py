@@ -231,7 +231,12 @@ def make_train_step(
 
 
 def compile_train_step(
-    train_step: Callable, plan: StatePlan, mesh: Mesh, batches: Sequence[Mapping[str, Any]]
+    train_step: Callable,
+    plan: StatePlan,
+    mesh: Mesh,
+    batches: Sequence[Mapping[str, Any]],
+    *,
+    progress: Callable[[str], None] = lambda what: None,
 ) -> Callable:
     """Compiles the step for the mesh: the state is donated and stays where it lies.
 
@@ -241,6 +246,7 @@ def compile_train_step(
         mesh: of the run.
         batches: shapes and dtypes of every batch that will come, one for each bucket. All are
             compiled now, so that no step of the run waits for the compiler.
+        progress: is told what is compiled next.
 
     Returns:
         (state, batch) -> (state, metrics); refuses a batch of another shape.
@@ -254,6 +260,7 @@ def compile_train_step(
     compiled = {}
     for batch in batches:
         shape = batch["latent"].shape
+        progress(f"compiling the step for latents {shape}")
         start = time.monotonic()
         with jax.set_mesh(mesh):
             compiled[shape] = jitted.lower(plan.abstract, batch).compile()

@@ -24,6 +24,7 @@ FREE = (
     "faults.max_skipped",  # the spike rule is not free: it decides which updates are made
     "faults.max_nonfinite_samples",
     "faults.replica_check_every",
+    "faults.watchdog_s",
     "evaluation",
     "samples",
     "log",
