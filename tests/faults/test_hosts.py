@@ -158,7 +158,7 @@ def test_sigterm_in_the_start_leaves_nothing_half_written(trained, commands, dat
         process.send_signal(signal.SIGTERM)
         began = time.monotonic()
         output, _ = process.communicate(timeout=60)
-        assert process.returncode == 75 and time.monotonic() - began < 3, output
+        assert process.returncode == 75 and time.monotonic() - began < 10, output
     commands.run("mmdit_jax.train", *arguments)
     assert losses(tmp_path) == losses(trained)
 
