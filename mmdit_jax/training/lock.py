@@ -70,6 +70,8 @@ class Lock:
             os.close(self._file)
 
     def _refuse(self, holder: dict) -> None:
+        assert self._file is not None
+        os.close(self._file)
         raise ValueError(
             f"{os.path.dirname(self._path)} is in use by process {holder.get('pid')} of host "
             f"{holder.get('host')}; wait for it or stop it, or give another --workdir"

@@ -1,0 +1,106 @@
+"""A run that is killed at random moments, again and again, and the run that is not."""
+
+import contextlib
+import json
+
+import numpy as np
+import pytest
+
+from mmdit_jax.training.checkpoint import Checkpoints
+from tests.commands.running import TRAIN
+from tests.commands.test_runs import assert_bitwise_equal, checkpoint, losses
+from tests.faults.test_hosts import free_port
+
+STEPS = 150
+# A checkpoint every 3 steps, so that most kills are in the middle of a save.
+ARGUMENTS = [*TRAIN, f"--config.steps={STEPS}", "--config.checkpoint.every=3"]
+KILLS = 30
+
+
+def newest_step(workdir) -> int:
+    """Of the log."""
+    with contextlib.suppress(FileNotFoundError):
+        for line in reversed((workdir / "metrics.jsonl").read_text().splitlines()):
+            with contextlib.suppress(json.JSONDecodeError):
+                return json.loads(line)["step"]
+    return 0
+
+
+def start(commands, arguments, processes: int, devices: int):
+    """The processes of a job, each with so many devices."""
+    port = free_port()
+    job = [f"--coordinator_address=localhost:{port}", f"--num_processes={processes}"]
+    return [
+        commands.start(
+            "mmdit_jax.train",
+            *arguments,
+            *([*job, f"--process_id={i}"] if processes > 1 else []),
+            JAX_NUM_CPU_DEVICES=str(devices),
+        )
+        for i in range(processes)
+    ]
+
+
+def finish(job) -> list[str]:
+    """Waits for all; their output."""
+    said = [process.communicate(timeout=600)[0] for process in job]
+    assert [process.returncode for process in job] == [0] * len(job), said[0][-4000:]
+    return said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "devices"), [(1, 1), (2, 2)])
+def test_thirty_kills_change_no_bit(commands, data, tmp_path, processes, devices):
+    mesh = ["--config.mesh.data=-1", f"--config.mesh.fsdp={devices}"]
+    common = [*ARGUMENTS, *mesh, f"--config.data.path={data}", "--config.faults.watchdog_s=120"]
+    # As many devices in one process: the host count does not matter either.
+    finish(start(commands, [*common, f"--workdir={tmp_path / 'a'}"], 1, processes * devices))
+    rng = np.random.default_rng(processes)
+    killed = tmp_path / "b"
+    kills = 0
+    while kills < KILLS:
+        before = newest_step(killed)
+        job = start(commands, [*common, f"--workdir={killed}"], processes, devices)
+        further = before + int(rng.integers(1, 8))
+        wait = rng.uniform(0, 0.3)
+        while newest_step(killed) < min(further, STEPS - 2) and job[0].poll() is None:
+            with contextlib.suppress(Exception):
+                job[0].wait(0.02)
+        with contextlib.suppress(Exception):
+            job[0].wait(wait)
+        if job[0].poll() is not None:
+            break
+        job[int(rng.integers(processes))].kill()
+        for process in job:
+            process.communicate(timeout=60)
+        kills += 1
+    assert kills >= KILLS // 2  # the run may end before all of them
+    finish(start(commands, [*common, f"--workdir={killed}"], processes, devices))
+    assert Checkpoints(killed).set_aside() == []
+    assert_bitwise_equal(checkpoint(tmp_path / "a", STEPS), checkpoint(killed, STEPS))
+    assert losses(killed) == losses(tmp_path / "a")
+
+
+@pytest.mark.slow
+def test_other_hosts_are_bitwise_and_other_meshes_nearly(commands, data, tmp_path):
+    """2 processes x 4 devices, then 1 x 8 (the same mesh), then 1 x 4, then back."""
+    common = [*TRAIN, f"--config.data.path={data}", "--config.mesh.data=-1"]
+    common += ["--config.mesh.fsdp=4"]
+
+    def run(name, steps, processes, devices):
+        arguments = [*common, f"--workdir={tmp_path / name}", f"--config.steps={steps}"]
+        finish(start(commands, arguments, processes, devices))
+
+    run("whole", 12, 1, 8)
+    run("hosts", 4, 2, 4)
+    run("hosts", 8, 1, 8)
+    run("hosts", 12, 2, 4)
+    assert_bitwise_equal(checkpoint(tmp_path / "whole", 12), checkpoint(tmp_path / "hosts", 12))
+    run("meshes", 4, 2, 4)
+    run("meshes", 8, 1, 4)
+    run("meshes", 12, 1, 8)
+    whole, changed = losses(tmp_path / "whole"), losses(tmp_path / "meshes")
+    assert [whole[s] == changed[s] for s in (1, 2, 3, 4)] == [True] * 4
+    np.testing.assert_allclose(
+        [changed[s] for s in range(1, 13)], [whole[s] for s in range(1, 13)], rtol=1e-5
+    )
