@@ -134,11 +134,11 @@ def without(made, count):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_record_with_nan_trains_as_a_batch_without_it_does(accumulate):
-    """Of two micro-batches one has two of them and the other one."""
-    wanted_state, wanted = linear_step()[1](fresh_state(), without(damaged_batch(), 3))
+    """Of two micro-batches one has three of them and the other two."""
+    wanted_state, wanted = linear_step()[1](fresh_state(), without(damaged_batch(), 5))
     state, metrics = linear_step(accumulate=accumulate)[1](fresh_state(), damaged_batch())
-    assert int(metrics["nonfinite_samples"]) == 3 and int(metrics["skipped"]) == 0
-    np.testing.assert_array_equal(metrics["finite"], [True] * 13 + [False] * 3)
+    assert int(metrics["nonfinite_samples"]) == 5 and int(metrics["skipped"]) == 0
+    np.testing.assert_array_equal(metrics["finite"], [True] * 11 + [False] * 5)
     for name in ("loss", "grad_norm", "bin_loss", "update_norm"):
         np.testing.assert_allclose(metrics[name], wanted[name], rtol=1e-5)
     np.testing.assert_array_equal(metrics["bin_count"], wanted["bin_count"])

@@ -37,8 +37,10 @@ def batch(size=16, seed=0):
 
 
 def damaged_batch(seed=0):
-    """A batch whose last three samples hold something that is not finite, each something else."""
+    """A batch whose last five samples hold something that is not finite, each something else."""
     made = batch(seed=seed)
+    made["latent"][11, 0, 3, 1] = np.nan
+    made["latent"][12, 3, 0, 2] = -np.inf
     made["latent"][13, 1, 2, 7] = np.inf  # a log-variance, which would be clipped
     made["text"]["t5"]["sequence"][14, 2, 5] = np.nan
     made["text"]["clip_l"]["pooled"][15, 3] = -np.inf

@@ -97,7 +97,7 @@ def test_nan_in_a_record_reaches_no_gradient_of_the_network():
     """With attention and norms, in which a sample of zeros must stay finite."""
     state, rows = trained(make=damaged_batch)
     for row in rows:
-        assert row["nonfinite_samples"] == 3 and not row["skipped"] and row["grad_norm"] > 0
+        assert row["nonfinite_samples"] == 5 and not row["skipped"] and row["grad_norm"] > 0
     for leaf in jax.tree.leaves((state.params, state.opt_state)):
         assert np.isfinite(leaf).all()
 
