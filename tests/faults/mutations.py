@@ -15,6 +15,7 @@ from typing import Any
 from mmdit_jax import command
 
 SECONDS = 10.0  # an example that takes longer hangs
+PATIENCE = 10
 MEGABYTES = 600  # that a whole series may add to the peak of the process
 NESTED = "<a hundred thousand brackets>"
 
@@ -107,20 +108,27 @@ class TooSlow(BaseException):
 
 @contextlib.contextmanager
 def time_limit(seconds: float = SECONDS) -> Iterator[None]:
-    """Raises `TooSlow`; where even that does not get through, ends the process with all stacks."""
+    """Raises `TooSlow` after so much time of the processor, or `PATIENCE` as much of any time.
+
+    Where even that does not get through, the process ends with all stacks.
+    """
 
     def end(number: int, frame: Any) -> None:
         raise TooSlow(f"more than {seconds} s")
 
-    before = signal.signal(signal.SIGALRM, end)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    faulthandler.dump_traceback_later(3 * seconds, exit=True)
+    signals = {signal.SIGPROF: signal.ITIMER_PROF, signal.SIGALRM: signal.ITIMER_REAL}
+    before = {number: signal.signal(number, end) for number in signals}
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    # Other processes may keep this one waiting; a pipe that nobody writes to would do so for ever.
+    signal.setitimer(signal.ITIMER_REAL, PATIENCE * seconds)
+    faulthandler.dump_traceback_later(2 * PATIENCE * seconds, exit=True)
     try:
         yield
     finally:
         faulthandler.cancel_dump_traceback_later()
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for number, timer in signals.items():
+            signal.setitimer(timer, 0)
+            signal.signal(number, before[number])
 
 
 def peak_megabytes() -> float:
