@@ -223,6 +223,7 @@ def is_manifest(manifest, directory):
         for shard in shards:
             path = os.path.realpath(os.path.join(directory, shard.file))
             assert path.startswith(root + os.sep), path
+            assert os.path.join(directory, shard.file) == os.path.normpath(path), shard.file
             assert type(shard.records) is int and 0 <= shard.records <= shard.bytes
             assert os.path.getsize(path) == shard.bytes
             assert 0 <= shard.bucket < len(manifest.buckets) and isinstance(shard.sha256, str)
@@ -336,6 +337,19 @@ def test_overrides_on_the_command_line_are_refused_in_one_line_or_make_a_sane_co
     built = []
     counts = fuzz(parse, ([*words()] for _ in range(count)))
     assert counts["refused"] and built, counts
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("model.depth", 10**9), ("batch_size", 2**40), ("steps", 2**31), ("data.threads", 10**6)]
+    + [("optimizer.learning_rate", float("inf")), ("samples.steps", 10**9), ("data.factor", 0)],
+)
+def test_numbers_that_would_be_an_allocation_are_refused(name, value):
+    config = config_lib.default()
+    group, _, last = name.rpartition(".")
+    (config[group] if group else config)[last] = value
+    with pytest.raises(ValueError, match=f"{name}=.* must be (at (least|most) |finite)"):
+        config_lib.validate(config)
 
 
 @few

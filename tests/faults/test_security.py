@@ -20,6 +20,7 @@ import pytest
 from PIL import Image
 
 from data_pipelines import entries, images, tfds
+from data_pipelines.filters import Rules
 from data_pipelines.folders import Folder
 from data_pipelines.samples import Options, Rejected
 from data_pipelines.tars import Tars
@@ -318,6 +319,8 @@ def test_paths_that_no_file_can_have_cost_their_line_only(tmp_path):
     (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
     source = Folder(str(tmp_path), Options(resolution=16, fields=None))
     assert told(source) == {"a.png": [("good", "original")]}
+    with pytest.raises(Rejected, match="no_score"):  # a number that is no float
+        Rules(score="aesthetic>=5").before(source.samples[0])
     assert [case.reason for case in source.dropped] == [
         *("bad_caption", "bad_caption", "outside", "outside", "unreadable")
     ]
