@@ -24,7 +24,7 @@ def find_problems(fields: Mapping[str, Any]) -> list[str]:
     def check(name: str, value: Any, holds: Callable[[Any], bool], rule: str) -> bool:
         if holds(value):
             return True
-        problems.append(f"{name} is {reprlib.repr(value)}, {rule}")
+        problems.append(f"{name} is {reprlib.repr(value)}, must be {rule}")
         return False
 
     def check_fields(where: str, entry: Mapping[str, Any], kinds: Mapping[str, Kind]) -> None:
@@ -52,7 +52,7 @@ def find_problems(fields: Mapping[str, Any]) -> list[str]:
             if _is_count(records) and _is_count(size) and records > size:
                 problems.append(f"{where} has {records} records in {size} bytes")
             file = str(shard.get("file"))
-            check(f"{where}.file", file, lambda v: v not in names, "which is there already")
+            check(f"{where}.file", file, lambda v: v not in names, "a name that is not there yet")
             names.add(file)
     if _is_map(fields.get("autoencoder")):
         check_fields("autoencoder", fields["autoencoder"], _NETWORK)
