@@ -107,10 +107,12 @@ class Output:
 
     def _is_foreign(self) -> bool:
         """Whether the folder holds anything, and no lock that says that a build made it."""
-        if not self.path.is_dir() or any(self._build.glob(f"{LOCK}*.lock")):
-            return False
-        # Another process of the job may just have made the empty build/.
-        return any(entry != self._build or any(entry.iterdir()) for entry in self.path.iterdir())
+        # Another process of the job may just be making build/ and what is in it, its lock first: so
+        # the locks are looked for last.
+        holds = self.path.is_dir() and any(
+            entry != self._build or any(entry.iterdir()) for entry in self.path.iterdir()
+        )
+        return holds and not any(self._build.glob(f"{LOCK}*.lock"))
 
     def _take_lock(self) -> Any:
         """An open file whose lock ends with this process, however it ends.

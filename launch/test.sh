@@ -2,11 +2,11 @@
 # Everything that must hold before a change lands: ./launch/test.sh [--parity] [pytest arguments]
 #
 # Makes .venv, installs, checks style and types, runs the default tests. --parity also installs
-# torch and diffusers and compares with them live.
+# torch and diffusers and compares with them live, and runs the tests that take long.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 EXTRAS=test
-select="not slow and not parity and not tpu_compiler and not accelerator"
+select="not slow and not long and not parity and not tpu_compiler and not accelerator"
 if [ "${1:-}" = --parity ]; then
     shift
     EXTRAS=test,parity

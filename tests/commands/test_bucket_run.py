@@ -13,6 +13,8 @@ from data_pipelines.settings import Settings
 from mmdit_jax.data.loader import Loader
 from tests.commands.test_runs import assert_bitwise_equal, checkpoint, losses, rows, wait_for
 
+pytestmark = pytest.mark.long
+
 CONFIG = "--config=configs/folder.py:tiny,depth=1,resolution=48,text_length=8"
 TRAIN = [
     CONFIG,

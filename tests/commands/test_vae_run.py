@@ -13,6 +13,8 @@ from data_pipelines.build import train_command
 from data_pipelines.pipeline import build
 from data_pipelines.settings import Settings
 
+pytestmark = pytest.mark.long
+
 VAE = Path(__file__).parents[1] / "testdata" / "vae" / "quant_4ch"
 PROMPT = "--prompt=a red picture"
 

@@ -258,7 +258,7 @@ def test_ten_thousand_shards_load_in_seconds(tmp_path):
     _manifest(tmp_path, shards=10_000, size=10).save(tmp_path)
     start = time.process_time()  # of all threads, whatever else the machine does
     Manifest.load(tmp_path)
-    assert time.process_time() - start < 3
+    assert time.process_time() - start < 5
 
 
 def test_a_data_set_that_fits_is_accepted(saved):

@@ -90,6 +90,7 @@ def test_what_cannot_be_resumed_as_asked_is_refused(run, commands, data, tmp_pat
     assert Checkpoints(run).steps() == [2, 4, 6] and not (tmp_path / "new" / "config.json").exists()
 
 
+@pytest.mark.long
 def test_a_rollback_leaves_batches_out_once(run, trained, commands, data):
     arguments = [*TRAIN, f"--workdir={run}", f"--config.data.path={data}"]
     back = [*arguments, "--rollback_to=2", "--skip_batches=2:4"]
@@ -105,6 +106,7 @@ def test_a_rollback_leaves_batches_out_once(run, trained, commands, data):
     assert "restored step 6" in more and Checkpoints(run).meta(7)["stream"]["skips"] == [[2, 4]]
 
 
+@pytest.mark.long
 def test_the_batch_size_changes_when_asked_and_samples_go_on(run, commands, data):
     arguments = [*TRAIN, f"--workdir={run}", f"--config.data.path={data}", "--config.steps=8"]
     arguments += ["--config.batch_size=16", "--allow_batch_change"]
@@ -159,6 +161,7 @@ def test_saves_that_are_killed_leave_a_good_checkpoint(tmp_path, kills):
         known = meta["step"]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small file system")
 def test_a_full_disk_does_not_end_training(tmp_path, commands, data):
     """The checkpoints fill a file system; when there is room again, the next save succeeds."""

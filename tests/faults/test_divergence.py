@@ -204,9 +204,17 @@ class Data:
             yield sample_batch(number, scale=OVERFLOW if number in self._broken else 1.0)
 
 
-class Preemption:
+class Undisturbed:
+    """What the loop asks of a preemption and of a watchdog."""
+
+    def training_begins(self):
+        pass
+
     def reached(self, step):
         return False
+
+    def progress(self, what):
+        pass
 
 
 class Saves:
@@ -235,7 +243,6 @@ def train(monkeypatch, workdir, broken, replica_check=None, **settings):
     config, step = linear_step()
     config = config.copy_and_resolve_references()
     config.update_from_flattened_dict({"log.every": 4, "checkpoint.every": 2} | settings)
-    monkeypatch.setattr(loop, "Preemption", Preemption)
     if replica_check:
         monkeypatch.setattr(loop, "compare_replicas", replica_check)
     data, saves = Data(broken), Saves(workdir)
@@ -252,6 +259,8 @@ def train(monkeypatch, workdir, broken, replica_check=None, **settings):
             earlier_samples=0,
             writer=writer,
             hooks=[],
+            preemption=Undisturbed(),
+            watchdog=Undisturbed(),
         )
     finally:
         writer.close()

@@ -48,6 +48,9 @@ ALLOWED = {
     "data_pipelines/filters.py": {"importlib"},  # --filter, --embedding: a function of the user's
     "data_pipelines/embeddings.py": {"importlib.util", "torch.jit.load"},  # SSCD is a TorchScript
     "mmdit_jax/training/workdir.py": {"importlib.metadata"},
+    # Signal handlers that also run while the main thread is inside a library.
+    "mmdit_jax/hosts.py": {"ctypes"},
+    "mmdit_jax/training/preemption.py": {"ctypes"},
     "mmdit_jax/flow/named.py": {"literal_eval"},  # numbers only
     "mmdit_jax/encoders/text.py": {"from_pretrained"},  # trust_remote_code=False, see below
     "mmdit_jax/weights.py": {"extract"},  # bundle.extract, which is ours
