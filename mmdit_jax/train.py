@@ -24,10 +24,10 @@ from mmdit_jax.data.loader import Loader
 from mmdit_jax.data.manifest import Bucket
 from mmdit_jax.evaluation.sampling import draw_grid
 from mmdit_jax.scaling import flops
-from mmdit_jax.training import integrity, resume
+from mmdit_jax.training import resume
 from mmdit_jax.training import state as state_lib
 from mmdit_jax.training import workdir as workdir_lib
-from mmdit_jax.training.checkpoint import Checkpoints, to_items
+from mmdit_jax.training.checkpoint import Checkpoints
 from mmdit_jax.training.lock import Lock
 from mmdit_jax.training.loop import Hook, train
 from mmdit_jax.training.metrics import MetricWriter, kept_going
@@ -195,7 +195,6 @@ def train_run(
         state = state_lib.init_state(config, optimizer, plan)
         if config.init_from:
             state = run.init_from(config, state, plan)
-        integrity.block_checksums(to_items(state))  # compiled now, so that the first save is quick
     step = int(state.step)
 
     train_step = make_train_step(
@@ -215,6 +214,7 @@ def train_run(
         progress=watchdog.progress,
     )
     saver = Saver(workdir, keep=config.checkpoint.keep, max_failures=config.checkpoint.max_failures)
+    saver.prepare(state)
     watchdog.progress("compiled, waiting for the other processes")
     # Just before the watchdog, which does not know who is missing.
     hosts.barrier("the first step", 0.9 * config.faults.watchdog_s or 24 * 3600)

@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import socket
 import threading
 import time
@@ -28,6 +29,7 @@ class Lock:
         self._released = threading.Event()
         self._file: int | None = None
         self._thread: threading.Thread | None = None
+        self._made = False
 
     def __enter__(self) -> "Lock":
         """Takes the lock.
@@ -37,6 +39,7 @@ class Lock:
         """
         if not self._active:
             return self
+        self._made = not os.path.isdir(os.path.dirname(self._path))
         os.makedirs(os.path.dirname(self._path), exist_ok=True)
         self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         with contextlib.suppress(OSError):  # a file system without locks
@@ -62,11 +65,13 @@ class Lock:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Leaves the file empty: nobody is here."""
+        """Leaves the file empty: nobody is here; and no workdir that would hold nothing else."""
         if self._thread is not None and self._file is not None:
             self._released.set()
             self._thread.join()
             os.ftruncate(self._file, 0)
+            if self._made and os.listdir(os.path.dirname(self._path)) == ["lock"]:
+                shutil.rmtree(os.path.dirname(self._path), ignore_errors=True)
             os.close(self._file)
 
     def _refuse(self, holder: dict) -> None:

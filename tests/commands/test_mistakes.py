@@ -56,6 +56,7 @@ def test_mistakes_in_the_config_are_named(commands, tmp_path):
 
 
 def test_mistakes_about_data_and_workdir_are_named(commands, trained, data, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")  # whose lock nobody else may hold
     other = tmp_path / "other_schema"
     shutil.copytree(data, other)
     manifest = json.loads((other / "manifest.json").read_text())
@@ -76,7 +77,7 @@ def test_mistakes_about_data_and_workdir_are_named(commands, trained, data, tmp_
         "text": run(data, "--config.data.text_storage=trimmed"),
         "no such text": run(data, "--config.data.text_storage=short"),
         "batch": run(data, "--config.mesh.data=3"),
-        "workdir": run(data, "--config.seed=5", workdir=trained),
+        "workdir": run(data, "--config.seed=5", workdir=tmp_path / "run"),
         "solver": run(data, "--config.samples.every=1", "--config.samples.solver=rk4"),
     }
     expected = {

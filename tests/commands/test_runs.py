@@ -107,6 +107,7 @@ def test_a_run_that_is_stopped_ends_bitwise_where_the_whole_one_does(
     assert losses(tmp_path) == losses(trained)
 
 
+@pytest.mark.long
 def test_more_steps_continue_the_run(trained, commands, data, tmp_path):
     """Train N, then 2N with a constant rate: the same as 2N at once."""
     arguments = [*TRAIN, f"--workdir={tmp_path}", f"--config.data.path={data}"]

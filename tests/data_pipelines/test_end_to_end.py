@@ -116,6 +116,7 @@ MOMENTS = {
 }
 
 
+@pytest.mark.long
 def test_a_build_from_tars_that_is_killed_three_times_loses_and_repeats_nothing(
     settings, tmp_path, records, dropped, monkeypatch
 ):

@@ -87,7 +87,7 @@ def test_what_cannot_be_resumed_as_asked_is_refused(run, commands, data, tmp_pat
             "batch": "batch_size is 16, was 8|--allow_batch_change",
         },
     )
-    assert Checkpoints(run).steps() == [2, 4, 6] and not (tmp_path / "new" / "config.json").exists()
+    assert Checkpoints(run).steps() == [2, 4, 6] and not (tmp_path / "new").exists()
 
 
 @pytest.mark.long

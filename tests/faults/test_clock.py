@@ -7,6 +7,7 @@ import shutil
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import pytest
 
 from tests.commands.running import TRAIN
 
@@ -38,7 +39,8 @@ def parameters(workdir, step):
         return manager.restore(step, args=args)["params"]
 
 
-def test_a_clock_that_runs_backwards_changes_nothing(commands, data, trained, tmp_path):  # noqa: F811
+@pytest.mark.long
+def test_a_clock_that_runs_backwards_changes_nothing(commands, data, trained, tmp_path):
     """The last third of a run again, where the oldest checkpoint was touched last."""
     config = tmp_path / "backwards.py"
     config.write_text(BACKWARDS)

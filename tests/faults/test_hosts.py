@@ -61,6 +61,7 @@ def ends(processes: Sequence[subprocess.Popen]) -> list[End]:
     ]
 
 
+@pytest.mark.long
 def test_processes_that_are_miscounted_late_or_missing_are_named(commands):
     """Three jobs at once: process 1 counts 3 processes; is late at a barrier; does not come."""
     ports = {case: free_port() for case in ("miscounted", "late", "missing")}

@@ -41,7 +41,7 @@ def usage(pid, workdir):
 
 
 @pytest.mark.slow
-def test_memory_is_flat_over_thirty_saves_and_ten_evaluations(commands, data, tmp_path):  # noqa: F811
+def test_memory_is_flat_over_thirty_saves_and_ten_evaluations(commands, data, tmp_path):
     every = 20
     workdir = tmp_path / "run"
     process = commands.start(

@@ -154,6 +154,7 @@ def test_scan_over_blocks_equals_a_loop_over_blocks():
     assert 2 in calls
 
 
+@pytest.mark.long
 def test_every_remat_policy_gives_the_same_loss_and_gradients():
     results = {}
     plain, params, inputs = tiny()

@@ -62,9 +62,8 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", ["data2_fsdp2_tensor2", pytest.param("fsdp4_context2", marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("name", MESHES)
 def test_losses_on_eight_devices_equal_those_on_one(name):
     _, one = trained()
     _, eight = trained(devices=8, mesh=MESHES[name])
