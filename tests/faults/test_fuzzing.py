@@ -26,6 +26,7 @@ from data_pipelines.samples import REASONS, Options, Rejected
 from data_pipelines.tars import Tars
 from mmdit_jax import config as config_lib
 from mmdit_jax import run, strict_json
+from mmdit_jax.data import records
 from mmdit_jax.data.loader import Loader
 from mmdit_jax.data.manifest import Manifest, file_sha256
 from mmdit_jax.data.records import DTYPES, ShardReader, ShardWriter, decode_record, encode_record
@@ -186,7 +187,10 @@ def leaves(batch):
 
 
 @few
-def test_a_damaged_shard_gives_the_records_that_were_written_or_an_error(tmp_path, count):
+def test_a_damaged_shard_gives_the_records_that_were_written_or_an_error(
+    tmp_path, count, monkeypatch
+):
+    monkeypatch.setattr(records, "RETRY_SECONDS", ())
     rng = random.Random(2)
     written = [encode_record({"x": np.full(200, n, np.int16), "key": str(n)}) for n in range(5)]
     with ShardWriter(tmp_path, "whole") as writer:
