@@ -24,11 +24,7 @@ from mmdit_jax.data.manifest import Bucket, Manifest
 from mmdit_jax.encoders import autoencoder as autoencoder_lib
 from mmdit_jax.encoders import pixels
 from mmdit_jax.encoders.conditioning import assemble, drop_mask, finite
-from mmdit_jax.encoders.text import (
-    encode,
-    load_text_encoders,
-    require_recorded,
-)
+from mmdit_jax.encoders.text import encode, load_text_encoders, require_recorded
 from mmdit_jax.evaluation.sampling import Sampler, SampleSettings
 from mmdit_jax.evaluation.validation import Validation
 from mmdit_jax.flow import formulation as formulation_lib
