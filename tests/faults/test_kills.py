@@ -8,7 +8,7 @@ import pytest
 
 from mmdit_jax.training.checkpoint import Checkpoints
 from tests.commands.running import TRAIN
-from tests.commands.test_runs import assert_bitwise_equal, checkpoint, losses
+from tests.commands.test_runs import losses
 from tests.faults.test_hosts import free_port
 
 STEPS = 150
@@ -24,6 +24,11 @@ def newest_step(workdir) -> int:
             with contextlib.suppress(json.JSONDecodeError):
                 return json.loads(line)["step"]
     return 0
+
+
+def checksums(workdir, step: int) -> dict:
+    """Of every array of a checkpoint, which do not depend on where they lay."""
+    return Checkpoints(workdir).meta(step)["checksums"]
 
 
 def start(commands, arguments, processes: int, devices: int):
@@ -53,8 +58,7 @@ def finish(job) -> list[str]:
 def test_thirty_kills_change_no_bit(commands, data, tmp_path, processes, devices):
     mesh = ["--config.mesh.data=-1", f"--config.mesh.fsdp={devices}"]
     common = [*ARGUMENTS, *mesh, f"--config.data.path={data}", "--config.faults.watchdog_s=120"]
-    # As many devices in one process: the host count does not matter either.
-    finish(start(commands, [*common, f"--workdir={tmp_path / 'a'}"], 1, processes * devices))
+    finish(start(commands, [*common, f"--workdir={tmp_path / 'a'}"], processes, devices))
     rng = np.random.default_rng(processes)
     killed = tmp_path / "b"
     kills = 0
@@ -77,30 +81,20 @@ def test_thirty_kills_change_no_bit(commands, data, tmp_path, processes, devices
     assert kills >= KILLS // 2  # the run may end before all of them
     finish(start(commands, [*common, f"--workdir={killed}"], processes, devices))
     assert Checkpoints(killed).set_aside() == []
-    assert_bitwise_equal(checkpoint(tmp_path / "a", STEPS), checkpoint(killed, STEPS))
+    assert checksums(killed, STEPS) == checksums(tmp_path / "a", STEPS)
     assert losses(killed) == losses(tmp_path / "a")
 
 
 @pytest.mark.slow
-def test_other_hosts_are_bitwise_and_other_meshes_nearly(commands, data, tmp_path):
+def test_other_hosts_and_other_meshes_differ_by_the_order_of_reductions(commands, data, tmp_path):
     """2 processes x 4 devices, then 1 x 8 (the same mesh), then 1 x 4, then back."""
     common = [*TRAIN, f"--config.data.path={data}", "--config.mesh.data=-1"]
     common += ["--config.mesh.fsdp=4"]
-
-    def run(name, steps, processes, devices):
-        arguments = [*common, f"--workdir={tmp_path / name}", f"--config.steps={steps}"]
-        finish(start(commands, arguments, processes, devices))
-
-    run("whole", 12, 1, 8)
-    run("hosts", 4, 2, 4)
-    run("hosts", 8, 1, 8)
-    run("hosts", 12, 2, 4)
-    assert_bitwise_equal(checkpoint(tmp_path / "whole", 12), checkpoint(tmp_path / "hosts", 12))
-    run("meshes", 4, 2, 4)
-    run("meshes", 8, 1, 4)
-    run("meshes", 12, 1, 8)
-    whole, changed = losses(tmp_path / "whole"), losses(tmp_path / "meshes")
-    assert [whole[s] == changed[s] for s in (1, 2, 3, 4)] == [True] * 4
+    for name, course in (("whole", [(12, 1, 8)]), ("changed", [(4, 2, 4), (8, 1, 4), (12, 1, 8)])):
+        for steps, processes, devices in course:
+            arguments = [*common, f"--workdir={tmp_path / name}", f"--config.steps={steps}"]
+            finish(start(commands, arguments, processes, devices))
+    whole, changed = losses(tmp_path / "whole"), losses(tmp_path / "changed")
     np.testing.assert_allclose(
         [changed[s] for s in range(1, 13)], [whole[s] for s in range(1, 13)], rtol=1e-5
     )
