@@ -16,9 +16,10 @@ from collections.abc import Sequence
 
 from absl import flags, logging
 
-from data_pipelines import build, stages
+from data_pipelines import build
 from data_pipelines.pipeline import open_output
 from data_pipelines.settings import Settings
+from data_pipelines.stages import cpu
 from mmdit_jax import command
 
 FLAGS = flags.FLAGS
@@ -59,13 +60,13 @@ def run(settings: Settings, options: Sequence[str]) -> None:
         ) from error
     settings.validate()
     with open_output(settings) as output:
-        for name in () if output.finished else stages.STAGES:
-            stage, listing = stages.open_stage(settings, name)
+        for name in () if output.finished else cpu.STAGES:
+            stage, listing = cpu.open_stage(settings, name)
             missing = [number for number in range(len(stage.sizes)) if not stage.done(number)]
             logging.info("%s: %d of %d parts to do", name, len(missing), len(stage.sizes))
             if not missing:
                 continue
-            part = functools.partial(stages.make_part, settings, name, listing)
+            part = functools.partial(cpu.make_part, settings, name, listing)
             with apache_beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:
                 # Without the shuffle one worker would get all of them.
                 numbers = pipeline | apache_beam.Create(missing) | apache_beam.Reshuffle()

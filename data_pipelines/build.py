@@ -27,10 +27,10 @@ import warnings
 
 from absl import flags
 
-from data_pipelines.embeddings import PHASH
 from data_pipelines.job import WAIT_S, from_environment
 from data_pipelines.pipeline import build
 from data_pipelines.settings import Settings
+from data_pipelines.stages.embeddings import PHASH
 from mmdit_jax import command
 from mmdit_jax import config as config_lib
 from mmdit_jax.data.manifest import Manifest

@@ -10,18 +10,18 @@ import jax
 import PIL
 from absl import logging
 
-from data_pipelines import drops
-from data_pipelines.captions import open_text_encoders, recorded_path
-from data_pipelines.check import Splits, check
-from data_pipelines.deduplicate import Kept, drop_copies, drop_near
-from data_pipelines.encode import CODE_VERSION
 from data_pipelines.job import complete
-from data_pipelines.latents import STATISTICS_PICTURES, Autoencoder, open_autoencoder
-from data_pipelines.pictures import Checked, Picture
 from data_pipelines.samples import Dropped
 from data_pipelines.settings import Settings
-from data_pipelines.shards import Networks, Shards, captions_of
-from data_pipelines.stages import Inputs, check_stage, embed_stage, open_inputs
+from data_pipelines.stages import drops
+from data_pipelines.stages.captions import open_text_encoders, recorded_path
+from data_pipelines.stages.check import Splits, check
+from data_pipelines.stages.cpu import Inputs, check_stage, embed_stage, open_inputs
+from data_pipelines.stages.deduplicate import Kept, drop_copies, drop_near
+from data_pipelines.stages.encode import CODE_VERSION
+from data_pipelines.stages.latents import STATISTICS_PICTURES, Autoencoder, open_autoencoder
+from data_pipelines.stages.pictures import Checked, Picture
+from data_pipelines.stages.shards import Networks, Shards, captions_of
 from data_pipelines.write import ENCODERS, Finished, Output
 from mmdit_jax.data.manifest import MANIFEST, Manifest
 from mmdit_jax.encoders import text

@@ -87,7 +87,7 @@ class Options:
       index: folder where a source of many shards may keep what it found in them; "" keeps nothing.
       fields: names of the further fields to keep of a sample; None keeps all.
       image_field, caption_fields, synthetic_fields: where the picture and its captions are, if not
-        under the usual names (data_pipelines/entries.py).
+        under the usual names (data_pipelines/sources/entries.py).
       tfds_split: split of a TFDS data set.
       job: the processes that share the listing of a source of many shards, by its notes.
     """

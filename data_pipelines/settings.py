@@ -6,9 +6,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from data_pipelines.embeddings import PHASH, Embedding, open_embedding
-from data_pipelines.filters import Rules
 from data_pipelines.job import WAIT_S, Job
+from data_pipelines.stages.embeddings import PHASH, Embedding, open_embedding
+from data_pipelines.stages.filters import Rules
 from mmdit_jax.config import TEXT_STORAGES
 from mmdit_jax.data.buckets import aspect_buckets
 from mmdit_jax.data.manifest import Bucket

@@ -106,6 +106,11 @@ def test_no_file_is_longer_than_400_lines_or_named_after_nothing():
         assert path.stem not in ("utils", "util", "common", "helpers", "core", "base", "misc"), path
 
 
+def test_a_source_of_pictures_knows_no_stage():
+    for path in (ROOT / "data_pipelines" / "sources").glob("*.py"):
+        assert not any("stages" in name for name in imports(path)), path
+
+
 def test_partition_specs_are_written_in_sharding_only():
     for path in FILES:
         if module_of(path) != "mmdit_jax.sharding":

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines.random_encoders import make_random_encoders
 from data_pipelines.settings import Settings
+from data_pipelines.stages.random_encoders import make_random_encoders
 from mmdit_jax.data.manifest import Manifest
 from mmdit_jax.data.records import ShardReader, decode_record
 from mmdit_jax.encoders import text

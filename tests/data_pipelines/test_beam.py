@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from data_pipelines import check, deduplicate, pipeline, stages
+from data_pipelines import pipeline
+from data_pipelines.stages import check, cpu, deduplicate
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -29,10 +30,10 @@ def asked(settings, images, monkeypatch):
 def prepared(asked):
     """Makes every part as workers do: from the settings and a number, last part first, twice."""
     with pipeline.open_output(asked):
-        for name in stages.STAGES:
-            stage, listing = stages.open_stage(asked, name)
+        for name in cpu.STAGES:
+            stage, listing = cpu.open_stage(asked, name)
             for number in 2 * list(reversed(range(len(stage.sizes)))):
-                stages.make_part(asked, name, listing, number)
+                cpu.make_part(asked, name, listing, number)
 
 
 def forbid(monkeypatch):
@@ -49,22 +50,22 @@ def test_a_build_goes_on_from_what_workers_noted(asked, tmp_path, tree, monkeypa
 
 
 def test_a_worker_that_sees_other_files_makes_nothing(asked, images, tmp_path):
-    stage, _ = stages.open_stage(asked(), "checking")
+    stage, _ = cpu.open_stage(asked(), "checking")
     with pytest.raises(ValueError, match="holds other files or captions on a worker"):
-        stages.make_part(asked(), "checking", "another listing", 0)
+        cpu.make_part(asked(), "checking", "another listing", 0)
     assert not stage.done(0)
 
 
 def test_nothing_is_embedded_before_all_is_checked(asked):
     with pytest.raises(RuntimeError, match="before all were checked"):
-        stages.open_stage(asked(), "embedding")
+        cpu.open_stage(asked(), "embedding")
 
 
 def test_stages_without_work_have_no_parts(settings, images):
     drawn = settings(source="shapes", count=4)
-    assert not stages.open_stage(drawn, "checking").stage.sizes
+    assert not cpu.open_stage(drawn, "checking").stage.sizes
     exact = settings(source=f"folder:{images}", deduplicate="exact")
-    assert not stages.open_stage(exact, "embedding").stage.sizes
+    assert not cpu.open_stage(exact, "embedding").stage.sizes
 
 
 def beam(*words):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines import pipeline, shards
+from data_pipelines import pipeline
+from data_pipelines.stages import shards
 from mmdit_jax.data.loader import Loader
 from mmdit_jax.data.manifest import Bucket, Manifest
 from mmdit_jax.encoders.pixels import depth_to_space

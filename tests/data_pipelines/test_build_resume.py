@@ -8,7 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from data_pipelines import check, encode, pipeline, shards, write
+from data_pipelines import pipeline, write
+from data_pipelines.stages import check, encode, shards
 from mmdit_jax.data.manifest import Manifest
 from mmdit_jax.data.records import ShardWriter
 from mmdit_jax.encoders import text

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from data_pipelines.captions import CaptionTable
 from data_pipelines.samples import Rejected
 from data_pipelines.stage_times import StageTimes
+from data_pipelines.stages.captions import CaptionTable
 from mmdit_jax.encoders import text
 from mmdit_jax.encoders.dispatched import Dispatched
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from data_pipelines import deduplicate, embeddings, pipeline, shards
-from data_pipelines.deduplicate import near_duplicates
-from data_pipelines.embeddings import BITS, DEFAULT_BITS, open_embedding, phash
+from data_pipelines import pipeline
+from data_pipelines.stages import deduplicate, embeddings, shards
+from data_pipelines.stages.deduplicate import near_duplicates
+from data_pipelines.stages.embeddings import BITS, DEFAULT_BITS, open_embedding, phash
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -94,7 +94,9 @@ def check_result(output, kept, lost, records, dropped):
 
 KILLED = """
 import os, signal, sys
-from data_pipelines import check, pipeline, settings, sharded, shards
+from data_pipelines import pipeline, settings
+from data_pipelines.sources import sharded
+from data_pipelines.stages import check, shards
 from mmdit_jax.data import records
 
 check.BLOCK, sharded.THREADS = 16, 1
@@ -134,7 +136,7 @@ def test_a_build_from_tars_that_is_killed_three_times_loses_and_repeats_nothing(
         seen.append([len(list(build.glob(pattern))) for pattern in progress])
     # The second shard may have got its note: a shard is closed while the next one is written.
     assert seen in ([[1, 0, 0], [3, 1, 0], [3, 3, notes]] for notes in (1, 2))
-    monkeypatch.setattr("data_pipelines.check.BLOCK", 16)
+    monkeypatch.setattr("data_pipelines.stages.check.BLOCK", 16)
     pipeline.build(asked)
     check_result(asked.output, kept, lost, records, dropped)
 

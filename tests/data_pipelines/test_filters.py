@@ -3,9 +3,10 @@ import json
 import numpy as np
 import pytest
 
-from data_pipelines import filters, pipeline
-from data_pipelines.filters import Rules
+from data_pipelines import pipeline
 from data_pipelines.samples import Caption, Rejected, Sample
+from data_pipelines.stages import filters
+from data_pipelines.stages.filters import Rules
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -4,8 +4,8 @@ import os
 import pytest
 from PIL import Image
 
-from data_pipelines.folders import Folder
 from data_pipelines.samples import Options, fingerprint
+from data_pipelines.sources.folders import Folder
 
 OPTIONS = Options(resolution=16)
 

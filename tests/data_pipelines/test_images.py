@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from data_pipelines import images
 from data_pipelines.samples import REASONS, Rejected
+from data_pipelines.stages import images
 
 # Pillow warns about damaged files on its way to the error, or about a large one.
 pytestmark = pytest.mark.filterwarnings("ignore")

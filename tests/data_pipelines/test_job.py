@@ -10,8 +10,10 @@ import time
 
 import pytest
 
-from data_pipelines import check, deduplicate, pipeline, shards, tars, write
+from data_pipelines import pipeline, write
 from data_pipelines.job import Job, PeerLost, from_environment
+from data_pipelines.sources import tars
+from data_pipelines.stages import check, deduplicate, shards
 from tests.data_pipelines.making import OPTIONS, picture, write_tar
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines import encode, pipeline, shards
-from data_pipelines.latents import Pixels
-from data_pipelines.pictures import Picture
+from data_pipelines import pipeline
 from data_pipelines.samples import Caption, Sample
+from data_pipelines.stages import encode, shards
+from data_pipelines.stages.latents import Pixels
+from data_pipelines.stages.pictures import Picture
 from mmdit_jax.data import shapes
 from mmdit_jax.encoders import pixels, text
 from mmdit_jax.encoders.dispatched import Dispatched

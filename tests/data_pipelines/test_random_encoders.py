@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipelines.random_encoders import make_random_encoders
+from data_pipelines.stages.random_encoders import make_random_encoders
 from mmdit_jax.data import shapes
 from mmdit_jax.encoders import text
 
@@ -52,7 +52,7 @@ def digests(folder):
 
 def test_the_same_arguments_give_the_same_bytes_in_another_process(paths, tmp_path):
     script = (
-        "import json, sys; from data_pipelines.random_encoders import make_random_encoders; "
+        "import json, sys; from data_pipelines.stages.random_encoders import make_random_encoders; "
         "make_random_encoders(sys.argv[1], json.load(sys.stdin)); "
         "assert 'torch' not in sys.modules and 'jax' not in sys.modules"
     )

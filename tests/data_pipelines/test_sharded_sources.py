@@ -8,11 +8,11 @@ import time
 import fsspec
 import pytest
 
-from data_pipelines import sharded, tars
-from data_pipelines.folders import Folder
-from data_pipelines.jsonl import Lines
 from data_pipelines.samples import Options, Rejected, fingerprint
-from data_pipelines.tars import Tars
+from data_pipelines.sources import sharded, tars
+from data_pipelines.sources.folders import Folder
+from data_pipelines.sources.jsonl import Lines
+from data_pipelines.sources.tars import Tars
 from data_pipelines.write import Output
 from tests.data_pipelines.making import OPTIONS, picture, reasons, told, write_tar
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from data_pipelines import stage_times
-from data_pipelines.encode import AHEAD, encode_shards, run_ahead
-from data_pipelines.images import Box
-from data_pipelines.pictures import Checked, Picture
 from data_pipelines.samples import Sample
 from data_pipelines.stage_times import LATENTS, READ, RESIZE, TEXT, StageTimes
+from data_pipelines.stages.encode import AHEAD, encode_shards, run_ahead
+from data_pipelines.stages.images import Box
+from data_pipelines.stages.pictures import Checked, Picture
 from mmdit_jax.encoders.dispatched import Dispatched
 
 

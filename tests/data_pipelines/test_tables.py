@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from data_pipelines import parquet
 from data_pipelines.samples import Options, Rejected
+from data_pipelines.sources import parquet
 from tests.data_pipelines.making import OPTIONS, picture, reasons, told
 
 
@@ -142,7 +142,7 @@ def tiny(tmp_path_factory):
 
 
 def test_a_prepared_tfds_data_set_is_read_without_tensorflow(tiny, tmp_path):
-    from data_pipelines.tfds import Tfds
+    from data_pipelines.sources.tfds import Tfds
 
     options = Options(resolution=16, fields=frozenset(["aesthetic"]), index=str(tmp_path / "index"))
     for source in (Tfds(f"tiny@{tiny}", options), Tfds(f"tiny@{tiny}", options)):
@@ -171,7 +171,7 @@ def test_a_prepared_tfds_data_set_is_read_without_tensorflow(tiny, tmp_path):
     ],
 )
 def test_what_tfds_does_not_have_is_named(tiny, name, options, message):
-    from data_pipelines.tfds import Tfds
+    from data_pipelines.sources.tfds import Tfds
 
     with pytest.raises(ValueError, match=message):
         Tfds(f"{name}@{tiny}", Options(resolution=16, **options))

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipelines import encode, pipeline, statistics
+from data_pipelines import pipeline, statistics
 from data_pipelines.build import train_command
-from data_pipelines.captions import CaptionTable, caption_bytes
 from data_pipelines.samples import Rejected
 from data_pipelines.stage_times import StageTimes
+from data_pipelines.stages import encode
+from data_pipelines.stages.captions import CaptionTable, caption_bytes
 from mmdit_jax import config as config_lib
 from mmdit_jax import run
 from mmdit_jax.data.loader import Loader

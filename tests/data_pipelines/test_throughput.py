@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines import images
-from data_pipelines.encode import encode_shards
-from data_pipelines.filters import Rules
-from data_pipelines.latents import Pixels
-from data_pipelines.pictures import TOGETHER, Checked, Pictures
 from data_pipelines.samples import Caption, Sample
 from data_pipelines.stage_times import WRITE, StageTimes
+from data_pipelines.stages import images
+from data_pipelines.stages.encode import encode_shards
+from data_pipelines.stages.filters import Rules
+from data_pipelines.stages.latents import Pixels
+from data_pipelines.stages.pictures import TOGETHER, Checked, Pictures
 from mmdit_jax.data.manifest import Bucket
 from mmdit_jax.data.records import ShardWriter
 

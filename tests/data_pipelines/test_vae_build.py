@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from data_pipelines import pipeline
 from data_pipelines.build import train_command
-from data_pipelines.latents import KL
+from data_pipelines.stages.latents import KL
 from mmdit_jax.data.manifest import Manifest, fits
 from mmdit_jax.encoders import vae
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from data_pipelines.random_encoders import make_random_encoders
+from data_pipelines.stages.random_encoders import make_random_encoders
 from mmdit_jax.encoders import clip, clip_image, t5, text
 
 pytestmark = pytest.mark.parity

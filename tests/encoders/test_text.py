@@ -10,7 +10,7 @@ import pytest
 import tokenizers
 from safetensors.numpy import load_file, save_file
 
-from data_pipelines.random_encoders import make_random_encoders
+from data_pipelines.stages.random_encoders import make_random_encoders
 from mmdit_jax import sharding
 from mmdit_jax.encoders import t5, text
 

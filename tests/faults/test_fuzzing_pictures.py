@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines import images
-from data_pipelines.filters import Rules
-from data_pipelines.folders import Folder
-from data_pipelines.jsonl import Lines
 from data_pipelines.samples import REASONS, Options, Rejected
-from data_pipelines.tars import Tars
+from data_pipelines.sources.folders import Folder
+from data_pipelines.sources.jsonl import Lines
+from data_pipelines.sources.tars import Tars
+from data_pipelines.stages import images
+from data_pipelines.stages.filters import Rules
 from tests.data_pipelines.making import write_tar
 from tests.faults.mutations import few, fuzz, mutated_bytes, mutated_json, sizes
 

@@ -19,11 +19,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines import entries, images, tfds
-from data_pipelines.filters import Rules
-from data_pipelines.folders import Folder
 from data_pipelines.samples import Options, Rejected
-from data_pipelines.tars import Tars
+from data_pipelines.sources import entries, tfds
+from data_pipelines.sources.folders import Folder
+from data_pipelines.sources.tars import Tars
+from data_pipelines.stages import images
+from data_pipelines.stages.filters import Rules
 from mmdit_jax.encoders import folder as hf_folder
 from mmdit_jax.encoders.text import load_tokenizer
 from tests.data_pipelines.making import OPTIONS, picture, reasons, told, write_tar
@@ -45,8 +46,10 @@ METHODS = {"extract", "extractall", "unpack_archive", "system", "popen", "execv"
 METHODS |= {"literal_eval", "from_pretrained", "unpackb"}
 ALLOWED = {
     "mmdit_jax/command.py": {"runpy"},  # the config file
-    "data_pipelines/filters.py": {"importlib"},  # --filter, --embedding: a function of the user's
-    "data_pipelines/embeddings.py": {"importlib.util", "torch.jit.load"},  # SSCD is a TorchScript
+    # --filter, --embedding: a function of the user's
+    "data_pipelines/stages/filters.py": {"importlib"},
+    # SSCD is a TorchScript
+    "data_pipelines/stages/embeddings.py": {"importlib.util", "torch.jit.load"},
     "mmdit_jax/training/workdir.py": {"importlib.metadata"},
     "mmdit_jax/training/executable.py": {"importlib.metadata"},
     "mmdit_jax/benchmark.py": {"subprocess"},  # itself, with diffusers in place of flax
@@ -249,7 +252,7 @@ def test_only_the_promised_formats_are_tried(kind):
 
 
 def test_every_extension_of_a_source_belongs_to_a_format_that_is_tried():
-    from data_pipelines.folders import IMAGE_EXTENSIONS
+    from data_pipelines.sources.folders import IMAGE_EXTENSIONS
 
     Image.init()
     kinds = {Image.EXTENSION.get(extension) for extension in IMAGE_EXTENSIONS}

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from data_pipelines.random_encoders import make_random_encoders
+from data_pipelines.stages.random_encoders import make_random_encoders
 
 CAPTIONS = ["a red circle and a blue square", "two green triangles", "a photo of a red cube"]
 SHIFT = 2.5  # unlike any default

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
-from data_pipelines.random_encoders import make_random_encoders
 from data_pipelines.samples import Rejected
 from data_pipelines.settings import DTYPES, Settings
 from data_pipelines.stage_times import TEXT, StageTimes
+from data_pipelines.stages.random_encoders import make_random_encoders
 from mmdit_jax import sharding
 from mmdit_jax.encoders import storage, text
 from mmdit_jax.encoders.dispatched import Dispatched

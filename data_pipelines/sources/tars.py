@@ -2,7 +2,7 @@
 
     000123.jpg | .jpeg | .png | .webp     the picture
     000123.txt                            one caption
-    000123.json                           captions and scores (data_pipelines/entries.py)
+    000123.json                           captions and scores (entries.py)
 
 The key is the path of a member up to the first dot of its file name, as in WebDataset. Other
 members (.cls, .npy, .pyd, ...) are counted and never read. One pass over a tar notes where each
@@ -18,10 +18,10 @@ import tarfile
 from collections import Counter
 from typing import Any, BinaryIO
 
-from data_pipelines import entries
-from data_pipelines.folders import MAX_FILE_BYTES
 from data_pipelines.samples import Caption, Dropped, Options, Rejected, Sample
-from data_pipelines.sharded import (
+from data_pipelines.sources import entries
+from data_pipelines.sources.folders import MAX_FILE_BYTES
+from data_pipelines.sources.sharded import (
     Index,
     find_files,
     list_shards,

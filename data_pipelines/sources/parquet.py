@@ -1,7 +1,7 @@
 """The source `parquet:GLOB`: tables with a column of pictures and others of captions.
 
 The picture's column is --image_field, or the first of `image jpg jpeg png webp image_bytes bytes`:
-bytes, or a struct with `bytes` as Hugging Face writes it. data_pipelines/entries.py lists the
+bytes, or a struct with `bytes` as Hugging Face writes it. entries.py lists the
 columns of captions and scores.
 
 A row is read with its row group, of which a few stay in memory; so row groups have to be small (100
@@ -13,9 +13,9 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from data_pipelines import entries
 from data_pipelines.samples import Dropped, Options, Rejected, Sample
-from data_pipelines.sharded import Index, find_files, list_shards, open_file, sample_name
+from data_pipelines.sources import entries
+from data_pipelines.sources.sharded import Index, find_files, list_shards, open_file, sample_name
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
 MAX_GROUP_BYTES = 1 << 30

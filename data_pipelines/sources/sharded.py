@@ -21,9 +21,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 import fsspec
 
-from data_pipelines.folders import MAX_FILE_BYTES
 from data_pipelines.progress import Progress
 from data_pipelines.samples import Caption, Dropped, Options, Rejected, Sample
+from data_pipelines.sources.folders import MAX_FILE_BYTES
 from data_pipelines.write import write_json
 
 THREADS = 16  # files that are listed at once: a remote one waits, a local one computes

@@ -14,9 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.deduplicate import Kept
 from data_pipelines.job import Job, complete
-from data_pipelines.pictures import Checked, Pictures
 from data_pipelines.progress import Progress
 from data_pipelines.samples import (
     Dropped,
@@ -26,6 +24,8 @@ from data_pipelines.samples import (
     fingerprint,
     validation_size,
 )
+from data_pipelines.stages.deduplicate import Kept
+from data_pipelines.stages.pictures import Checked, Pictures
 from data_pipelines.write import write_json
 
 BLOCK = 2048  # verdicts in one note: what a killed build has to look at again

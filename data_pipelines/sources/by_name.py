@@ -1,11 +1,11 @@
 """Where captioned pictures come from, by the name that `--source` gives.
 
     shapes                the built-in captioned pictures (mmdit_jax/data/shapes.py), drawn
-    folder:DIR            a folder of images with captions (data_pipelines/folders.py)
-    jsonl:FILE            lines that name a picture and caption it (data_pipelines/jsonl.py)
-    webdataset:GLOB       tar files (data_pipelines/tars.py)
-    parquet:GLOB          tables (data_pipelines/parquet.py)
-    tfds:NAME[@DATA_DIR]  what TensorFlow Datasets has prepared (data_pipelines/tfds.py)
+    folder:DIR            a folder of images with captions (data_pipelines/sources/folders.py)
+    jsonl:FILE            lines that name a picture and caption it (data_pipelines/sources/jsonl.py)
+    webdataset:GLOB       tar files (data_pipelines/sources/tars.py)
+    parquet:GLOB          tables (data_pipelines/sources/parquet.py)
+    tfds:NAME[@DATA_DIR]  what TensorFlow Datasets has prepared (data_pipelines/sources/tfds.py)
 
 A source lists its samples in a fixed order and reads the bytes of one: everything after that is the
 same for all of them.
@@ -17,12 +17,12 @@ from collections import Counter
 
 from PIL import Image
 
-from data_pipelines.folders import Folder
-from data_pipelines.jsonl import Lines
-from data_pipelines.parquet import Parquet
 from data_pipelines.samples import Caption, Dropped, Options, Sample, Source, validation_size
-from data_pipelines.tars import Tars
-from data_pipelines.tfds import Tfds
+from data_pipelines.sources.folders import Folder
+from data_pipelines.sources.jsonl import Lines
+from data_pipelines.sources.parquet import Parquet
+from data_pipelines.sources.tars import Tars
+from data_pipelines.sources.tfds import Tfds
 from mmdit_jax.data import shapes
 
 

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_pipelines import images
-from data_pipelines.filters import Rules
 from data_pipelines.samples import Rejected, Sample, Source
 from data_pipelines.stage_times import READ, RESIZE, StageTimes
+from data_pipelines.stages import images
+from data_pipelines.stages.filters import Rules
 from mmdit_jax.data.buckets import nearest
 from mmdit_jax.data.manifest import Bucket
 

@@ -2,7 +2,7 @@
 
     {"file": "0001.jpg", "caption": "a cat", "synthetic_caption": "A grey cat ...", "aesthetic": 6}
 
-data_pipelines/entries.py lists the keys. Paths are relative to the folder of FILE and stay inside
+entries.py lists the keys. Paths are relative to the folder of FILE and stay inside
 of it; several lines for one picture add up, and of a field that both have the later one counts.
 Samples come in the order of the lines. FILE may be remote (gs://, s3://); the sizes of remote
 pictures are not asked for, so a missing one shows when it is read.
@@ -13,10 +13,10 @@ import posixpath
 from collections import Counter
 from typing import Any
 
-from data_pipelines import entries
-from data_pipelines.folders import file_size, inside
 from data_pipelines.samples import Caption, Dropped, Options, Rejected, Sample
-from data_pipelines.sharded import is_remote, open_file, read_whole
+from data_pipelines.sources import entries
+from data_pipelines.sources.folders import file_size, inside
+from data_pipelines.sources.sharded import is_remote, open_file, read_whole
 
 
 class Lines:

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_pipelines.embeddings import Embedding
 from data_pipelines.job import Job, complete
-from data_pipelines.pictures import Checked, Picture, Pictures
 from data_pipelines.progress import Progress
 from data_pipelines.samples import Dropped
+from data_pipelines.stages.embeddings import Embedding
+from data_pipelines.stages.pictures import Checked, Picture, Pictures
 from data_pipelines.write import partial_path, write_json
 from mmdit_jax.data.manifest import Bucket
 

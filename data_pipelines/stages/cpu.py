@@ -11,15 +11,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from data_pipelines.check import Check
-from data_pipelines.deduplicate import Embed, drop_copies
 from data_pipelines.job import Stage
-from data_pipelines.pictures import TOGETHER, Checked, Pictures
 from data_pipelines.progress import Progress
 from data_pipelines.samples import Options, Source
 from data_pipelines.settings import Settings
-from data_pipelines.sources import open_source
+from data_pipelines.sources.by_name import open_source
 from data_pipelines.stage_times import StageTimes
+from data_pipelines.stages.check import Check
+from data_pipelines.stages.deduplicate import Embed, drop_copies
+from data_pipelines.stages.pictures import TOGETHER, Checked, Pictures
 from data_pipelines.write import BUILD, INDEX
 
 STAGES = ("checking", "embedding")

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import numpy as np
 
-from data_pipelines.captions import CaptionTable
-from data_pipelines.latents import Autoencoder
-from data_pipelines.pictures import Checked, Picture, Pictures
 from data_pipelines.samples import Dropped, Rejected, Sample
 from data_pipelines.stage_times import LATENTS, WRITE, StageTimes
+from data_pipelines.stages.captions import CaptionTable
+from data_pipelines.stages.latents import Autoencoder
+from data_pipelines.stages.pictures import Checked, Picture, Pictures
 from mmdit_jax.encoders.dispatched import Dispatched
 
 Item = TypeVar("Item")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from data_pipelines.filters import load_function
+from data_pipelines.stages.filters import load_function
 from mmdit_jax.encoders import clip_image
 
 PHASH = "phash"

@@ -5,7 +5,7 @@ a line, paths relative to that folder; several lines for one picture add up:
 
     {"file": "cats/0001.jpg", "caption": "a cat on a mat", "synthetic_caption": "A grey cat ..."}
 
-(data_pipelines/entries.py lists the keys) or, for a picture that no such line names, in a `.txt` of
+(entries.py lists the keys) or, for a picture that no such line names, in a `.txt` of
 the same name beside it (the whole file is one caption). Samples come in sorted order, so that two
 builds see the same list.
 """
@@ -17,8 +17,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from data_pipelines import entries
 from data_pipelines.samples import Caption, Dropped, Options, Rejected, Sample
+from data_pipelines.sources import entries
 
 IMAGE_EXTENSIONS = frozenset(
     ".avif .bmp .gif .heic .heif .jfif .jp2 .jpe .jpeg .jpg .png .ppm .tif .tiff .webp".split()

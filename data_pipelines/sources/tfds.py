@@ -7,7 +7,7 @@ needs no tensorflow to read:
     tfds convert_format ... --out_file_format=array_record
 
 The picture is the only Image feature, or the one that --image_field names. Captions are features of
-text under the names of data_pipelines/entries.py or of --caption_fields; a class label named there
+text under the names of entries.py or of --caption_fields; a class label named there
 is a caption too, its name with spaces for underscores. --tfds_split takes the notation of TFDS
 (`train`, `train+test`, `train[:10%]`).
 """
@@ -20,9 +20,9 @@ from typing import Any
 
 from etils import epath
 
-from data_pipelines import entries
 from data_pipelines.samples import Dropped, Options, Rejected, Sample
-from data_pipelines.sharded import Index, list_shards, sample_name
+from data_pipelines.sources import entries
+from data_pipelines.sources.sharded import Index, list_shards, sample_name
 from mmdit_jax import strict_json
 
 FEATURES = ("features.json", "*/features.json", "*/*/features.json")  # NAME/CONFIG/VERSION

@@ -7,14 +7,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from data_pipelines.captions import CaptionTable, caption_bytes
-from data_pipelines.check import Splits
-from data_pipelines.encode import Encoded, encode_shards, encoding_identity
-from data_pipelines.latents import Autoencoder
-from data_pipelines.pictures import Checked, Pictures
 from data_pipelines.progress import Progress
 from data_pipelines.settings import Settings
 from data_pipelines.stage_times import CLOSE, WRITE, StageTimes
+from data_pipelines.stages.captions import CaptionTable, caption_bytes
+from data_pipelines.stages.check import Splits
+from data_pipelines.stages.encode import Encoded, encode_shards, encoding_identity
+from data_pipelines.stages.latents import Autoencoder
+from data_pipelines.stages.pictures import Checked, Pictures
 from data_pipelines.write import SUFFIX, Finished, Output
 from mmdit_jax.data.records import ShardWriter
 from mmdit_jax.encoders import text
