@@ -79,9 +79,7 @@ def test_a_network_that_knows_the_picture_has_no_loss_and_samples_it(name):
     start = flow.prior(jax.random.normal(jax.random.key(2), (1, 2, 2, 1)))
     grid, solver = flow.grid(50, 1.0), run.sample_settings(config).solver
     found = jax.jit(lambda z: solve(velocity, z, grid, solver, path=flow.path).z)(start)
-    # Where the grid ends before t = 0, b of it is left as noise (0.26 for edm(1.20, 0.60)).
-    left = float(flow.path.b(jnp.float32(flow.t_range[0])))
-    np.testing.assert_allclose(found, x0, atol=0.03 + 3 * left)
+    np.testing.assert_allclose(found, x0, atol=1e-3)
 
 
 def test_a_variant_is_chosen_on_the_command_line_and_others_are_listed():

@@ -81,9 +81,14 @@ class Formulation(NamedTuple):
         )
 
     def grid(self, steps: int, shift: float | str, name: str = "exact") -> Array:
-        """The sampler's times, (S + 1,), over `t_range`; `shift` is the sampling shift."""
+        """The sampler's times, (S + 1,), over `t_range`; `shift` is the sampling shift.
+
+        Where the path does not reach its data, its b being positive at t_min, the last step goes on
+        to t = 0.
+        """
         t_min, t_max = self.t_range
-        return time_grid(name, steps, shift, t_min=t_min, t_max=t_max)
+        to_data = self.path.t_min > 0
+        return time_grid(name, steps, shift, t_min=t_min, t_max=t_max, to_data=to_data)
 
     def prior(self, eps: Array) -> Array:
         """The state at the start of `grid`, from eps ~ N(0, I)."""

@@ -15,6 +15,7 @@ them. A path is a handful of pure functions of t. To add one, write a constructo
 
 On [t_min, t_max] a, b and both derivatives are finite. The log-SNR is finite wherever neither a nor
 b is zero: everywhere but at t = 0 and at t = 1 of rf and cosine and at t = 0 of edm_rf and edm_cos.
+At t = 0, below t_min or not, a is 1 and b is 0: there samplers end.
 """
 
 import math

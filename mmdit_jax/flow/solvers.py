@@ -1,4 +1,8 @@
-"""Solvers of the sampling ODE dz = v(z, t) dt from t_max to t_min, and their time grids."""
+"""Solvers of the sampling ODE dz = v(z, t) dt from t_max to t_min, and their time grids.
+
+Where t_min still has noise (edm, ldm_linear) a sampler's grid goes one step further, to t = 0: that
+step ends, whatever the solver, in the data that the last evaluation implies (Karras 2022, Alg. 1).
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -32,7 +36,8 @@ class Solution(NamedTuple):
 def euler(velocity_fn: VelocityFn, path: Path | None, z: Array, t: Array, t_next: Array) -> Array:
     """First order, one evaluation a step, of Eq. 1 (the sampler of the paper's study, App. B.3)."""
     dt = per_sample(t_next - t, z)
-    return z + dt * velocity_fn(z, t)
+    slope = velocity_fn(z, t)
+    return _or_data(z + dt * slope, path, slope, z, t, t_next)
 
 
 def heun(velocity_fn: VelocityFn, path: Path | None, z: Array, t: Array, t_next: Array) -> Array:
@@ -43,7 +48,7 @@ def heun(velocity_fn: VelocityFn, path: Path | None, z: Array, t: Array, t_next:
     dt = per_sample(t_next - t, z)
     slope = velocity_fn(z, t)
     slope_next = velocity_fn(z + dt * slope, t_next)
-    return z + dt * (slope + slope_next) / 2
+    return _or_data(z + dt * (slope + slope_next) / 2, path, slope, z, t, t_next)
 
 
 def ddim(velocity_fn: VelocityFn, path: Path | None, z: Array, t: Array, t_next: Array) -> Array:
@@ -56,6 +61,19 @@ def ddim(velocity_fn: VelocityFn, path: Path | None, z: Array, t: Array, t_next:
         raise ValueError("solver 'ddim' has no path: pass path= to solve")
     pair = to_x0_eps(path, "velocity", velocity_fn(z, t), z, t)
     return combine((path.a(t_next), path.b(t_next)), pair.x0, pair.eps)
+
+
+def _or_data(
+    z_next: Array, path: Path | None, slope: Array, z: Array, t: Array, t_next: Array
+) -> Array:
+    """z_next; or the data that the slope at (z, t) implies, where a step leaves [t_min, t_max].
+
+    Below t_min the slope of a path has no bound, so that no step in t could arrive.
+    """
+    if path is None or path.t_min == 0:
+        return z_next
+    data = to_x0_eps(path, "velocity", slope, z, t).x0
+    return jnp.where(per_sample(t_next < path.t_min, z), data, z_next)
 
 
 SOLVERS: dict[str, Callable[..., Array]] = {"euler": euler, "heun": heun, "ddim": ddim}
@@ -76,7 +94,7 @@ def solve(
         z_BHWC: (B, ...) the state at t_S1[0], `path.prior_scale() * eps`.
         t_S1: (S + 1,) float32 times, falling for sampling; S steps.
         solver: a name in `SOLVERS`.
-        path: the path; only "ddim" needs it.
+        path: the path; "ddim" needs it, and so does a last step to t = 0 where t_min is larger.
 
     Returns:
         The final state and the length of the way there.
@@ -129,7 +147,13 @@ GRIDS: dict[str, Callable[..., np.ndarray]] = {"exact": exact, "sd3_reference": 
 
 
 def time_grid(
-    name: str, steps: int, shift: float | str, *, t_min: float = 0.0, t_max: float = 1.0
+    name: str,
+    steps: int,
+    shift: float | str,
+    *,
+    t_min: float = 0.0,
+    t_max: float = 1.0,
+    to_data: bool = False,
 ) -> Array:
     """The times of a sampler, (S + 1,) float32, falling.
 
@@ -139,6 +163,7 @@ def time_grid(
         shift: the sampling shift, a number or a rule of `SHIFTS`; not the training shift.
         t_min: the last time.
         t_max: the first time.
+        to_data: whether the last of the steps goes from t_min on to t = 0.
 
     Raises:
         ValueError: unknown grid, no steps, a shift that is not positive, or a range that the grid
@@ -147,4 +172,7 @@ def time_grid(
     if steps < 1:
         raise ValueError(f"steps={steps} must be at least 1: use for example 50")
     grid = lookup(GRIDS, name, what="grid")
-    return jnp.asarray(grid(steps, shift_alpha(shift), t_min, t_max), jnp.float32)
+    times = grid(max(1, steps - to_data), shift_alpha(shift), t_min, t_max)
+    if to_data:
+        times = np.append(times[:steps], 0.0)
+    return jnp.asarray(times, jnp.float32)

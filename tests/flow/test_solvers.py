@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mmdit_jax.flow import formulation
 from mmdit_jax.flow.parameterization import combine, target
 from mmdit_jax.flow.paths import PATHS
 from mmdit_jax.flow.solvers import GRIDS, SOLVERS, solve, time_grid
@@ -98,6 +99,46 @@ def test_ddim_samples_every_path_from_its_prior(name):
     start = path.prior_scale() * jnp.ones((1, 1))
     sample = jax.jit(lambda z: solve(gaussian_velocity(path), z, grid, "ddim", path=path).z)(start)
     assert float(sample[0, 0]) == pytest.approx(SPREAD, rel=0.12)
+
+
+def posterior_mean(path, t):
+    """E[x0 | z_t] / z_t of the Gaussian data."""
+    return SPREAD**2 * path.a(t) / spread(path, t) ** 2
+
+
+@pytest.mark.parametrize("name", ["edm(-1.2, 1.2)", "edm(1.2, 0.6)", "ldm_linear"])
+def test_samples_of_gaussian_data_end_without_noise(name):
+    """At t_min their spread is that of z there; the last step takes its noise away.
+
+    For edm(1.2, 0.6), whose noise ends at b = 0.26, that leaves 0.657, and 0.747 with the noise.
+    """
+    flow = formulation.make(name, "v", "uniform")
+    path, ends = flow.path, jnp.float32(flow.t_range)
+    expected = spread(path, ends[0]) * posterior_mean(path, ends[0])
+    even = path.inverse_logsnr(jnp.linspace(*path.logsnr(ends[::-1]), 400))
+    grid = jnp.concatenate([even.at[-1].set(ends[0]), flow.grid(3, 1.0)[-1:]])
+    start = flow.prior(jnp.ones((1, 1)))
+    velocity = gaussian_velocity(path)
+    sample = jax.jit(lambda z: solve(velocity, z, grid, "ddim", path=path).z)(start)
+    assert float(sample[0, 0]) == pytest.approx(float(expected), rel=0.02)
+
+
+@EVERY_PATH
+@EVERY_SOLVER
+def test_the_step_beyond_t_min_ends_in_the_data_whatever_the_solver(name, solver):
+    path = PATHS[name]()
+    flow = formulation.make(name, "v", "uniform")
+    for steps in (1, 2):
+        grid = flow.grid(steps, 3.0)
+        assert grid.shape == (steps + 1,) and (grid[0], grid[-1]) == (np.float32(path.t_max), 0)
+        assert (float(path.a(grid[-1])), float(path.b(grid[-1]))) == (1, 0)
+        if path.t_min == 0:
+            continue
+        before = grid[-2:-1]
+        z = jnp.full((1, 1), 2.0)
+        end = SOLVERS[solver](gaussian_velocity(path), path, z, before, jnp.zeros(1))
+        np.testing.assert_allclose(end, 2.0 * posterior_mean(path, before)[:, None], rtol=1e-4)
+        assert steps == 1 or grid[-2] == np.float32(path.t_min)
 
 
 def test_solution_equals_a_plain_loop_over_the_grid():
