@@ -115,6 +115,10 @@ class Peer:
         platform = jax.default_backend()
         if platform == "tpu":
             raise ValueError("--peer=diffusers needs a CPU or a GPU, PyTorch has no TPU here")
+        if config.model.backbone != "mmdit":
+            raise ValueError(
+                f"--peer=diffusers has no model.backbone={config.model.backbone!r}; use mmdit"
+            )
         compiled = _PEER_COMPILE.value
         settings = {
             "device": "cuda" if platform == "gpu" else "cpu",

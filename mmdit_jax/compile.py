@@ -22,7 +22,7 @@ from ml_collections import config_flags
 
 from mmdit_jax import command, programs, run, sharding, topologies
 from mmdit_jax.config import Config
-from mmdit_jax.models.mmdit import REMAT_POLICIES
+from mmdit_jax.models.backbone import REMAT_POLICIES
 from mmdit_jax.scaling import chips, flops, report, search
 from mmdit_jax.scaling.chips import Topology
 from mmdit_jax.training import executable

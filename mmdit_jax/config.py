@@ -78,7 +78,7 @@ def default(*, depth: int = 24, resolution: int = 256, text_length: int = 77) ->
             "steps": 500_000,  # of the scaling study
             "batch_size": 4096,  # global, of square pictures
             "model": {
-                "name": "mmdit",
+                "backbone": "mmdit",  # of Fig. 4: mmdit | mmdit3 | dit | crossdit | uvit
                 "depth": depth,
                 "channels": 16,
                 "patch": 2,
@@ -279,10 +279,15 @@ def image_tokens(config: Config, size: tuple[int, int] | None = None) -> int:
     return (height // unit) * (width // unit)
 
 
-def text_tokens(config: Config) -> int:
-    """T: the CLIP tokens (both share them, by channels) and the T5 tokens."""
+def clip_tokens(config: Config) -> int:
+    """Tokens of the CLIP encoders, which share them, by channels; they stand before those of T5."""
     encoders = config.data.text_encoders
-    return max(encoders.clip_l.length, encoders.clip_g.length) + encoders.t5.length
+    return max(encoders.clip_l.length, encoders.clip_g.length)
+
+
+def text_tokens(config: Config) -> int:
+    """T: the CLIP tokens and the T5 tokens."""
+    return clip_tokens(config) + config.data.text_encoders.t5.length
 
 
 def pooled_width(config: Config) -> int:
@@ -292,12 +297,16 @@ def pooled_width(config: Config) -> int:
 
 def model_settings(config: Config) -> dict[str, Any]:
     """Arguments of the backbone's constructor, all but the compute dtype."""
-    return {
+    own: dict[str, Any] = {}
+    if config.model.backbone in ranges.MMDITS:
+        own["dual_attention_layers"] = config.model.dual_attention_layers
+    if config.model.backbone == "mmdit3":
+        own["clip_tokens"] = clip_tokens(config)
+    return own | {
         "depth": config.model.depth,
         "channels": config.model.channels,
         "patch": config.model.patch,
         "qk_norm": config.model.qk_norm,
-        "dual_attention_layers": config.model.dual_attention_layers,
         "pos_embed_max_size": config.model.pos_embed_max_size,
         "pos_embed_native": position_native(config),
         "pos_embed": config.model.pos_embed,
@@ -335,7 +344,7 @@ def validate(config: Config) -> None:
     """
     if problems := list(ranges.type_problems(config, default())):
         raise ValueError("; ".join(problems))  # what follows compares and multiplies
-    problems = list(ranges.range_problems(config))
+    problems = [*ranges.range_problems(config), *ranges.backbone_problems(config.model)]
 
     def need(holds: bool, message: str) -> None:
         if not holds:

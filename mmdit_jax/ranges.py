@@ -1,5 +1,7 @@
 """What every setting may be: of the type of its default, and a number between two bounds.
 
+Also what a backbone does not go with.
+
 The bounds are no advice. They are what no run on any machine needs, so that a slip of the keyboard
 or a damaged config.json ends with one line instead of an allocation that takes the machine down.
 """
@@ -80,6 +82,7 @@ SHARES = (
     "optimizer.muon_momentum",
     "ema.decay",
 )
+MMDITS = ("mmdit", "mmdit3")  # backbones whose image tokens have weights of their own
 MOST_CHARACTERS = 4096  # of a text
 MOST_ITEMS = 4096  # of a list
 
@@ -148,6 +151,21 @@ def range_problems(config: Any, prefix: str = "") -> Iterator[str]:
                 yield f"{full}={_shown(value)} must be at least {low}"
             if value > high:
                 yield f"{full}={_shown(value)} must be at most {high}"
+
+
+def backbone_problems(model: Any) -> Iterator[str]:
+    """Settings of a model that its backbone has no use for, of a config whose types are right."""
+    name, dual = model["backbone"], model["dual_attention_layers"]
+    if name not in MMDITS and dual > 0:
+        yield (
+            f"model.dual_attention_layers={dual} is for {' and '.join(MMDITS)} alone; set it to 0 "
+            f"for model.backbone={_shown(name)}"
+        )
+    if name == "uvit" and model["depth"] == 1:
+        yield (
+            "model.depth=1 leaves model.backbone='uvit' no two blocks to join by a skip; use 2 or "
+            "more, or model.backbone=dit"
+        )
 
 
 def _shown(value: Any) -> str:

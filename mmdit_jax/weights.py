@@ -250,9 +250,10 @@ def export_weights() -> str:
     Several processes gather tensor by tensor, and the first one writes.
     """
     config = run.build(trained_run.read_config(_INPUT.value)).config
-    if config.model.name != "mmdit":
+    if config.model.backbone != "mmdit":
         raise ValueError(
-            f"model.name={config.model.name!r} has no published format; only mmdit has"
+            f"model.backbone={config.model.backbone!r} has no published format; only mmdit can be "
+            "exported: sample it with mmdit_jax.sample, start from it with --config.init_from"
         )
     if (config.flow.path, config.flow.prediction) != ("rf", "velocity"):
         logging.warning(

@@ -27,8 +27,10 @@ from mmdit_jax.interop.mmdit_names import (
     named,
 )
 from mmdit_jax.interop.tensors import Stored, Tensors, check_names
+from mmdit_jax.models.backbone import STORED_POSITIONS
 from mmdit_jax.models.layers import POSITION_TABLE
-from mmdit_jax.models.mmdit import HEAD_SIZE, STORED_POSITIONS, MMDiT
+from mmdit_jax.models.mmdit import MMDiT
+from mmdit_jax.models.stream import HEAD_SIZE
 
 # Patches an axis at 1024 px, the training resolution of every released model.
 RELEASED_NATIVE = 64

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mmdit_jax.interop.tensors import Tensors
+from mmdit_jax.models.backbone import POSITION_DTYPES, STORED_POSITIONS
 from mmdit_jax.models.layers import position_embedding
-from mmdit_jax.models.mmdit import POSITION_DTYPES, STORED_POSITIONS
 
 # Between float32 tables that were computed on other machines. Of rounded tables nothing may differ.
 TOLERANCE = 1e-6

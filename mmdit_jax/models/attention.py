@@ -1,4 +1,4 @@
-"""Joint attention: one bidirectional softmax over the tokens of all streams.
+"""Attention: joint, one bidirectional softmax over the tokens of all streams, and to text alone.
 
 No mask and no causal default anywhere (conventions: text pads attend and are attended, T25, T26).
 
@@ -53,14 +53,45 @@ def joint_attention(
     Returns:
         (B, L, N, K) of each stream; what stands for padding means nothing.
     """
-    name = chosen(implementation, streams[0].q.dtype)
-    lengths = [stream.q.shape[1] for stream in streams]
+    queries, keys, values = (list(xs) for xs in zip(*streams, strict=True))
+    return _attention(queries, keys, values, tokens, implementation)
+
+
+def cross_attention(
+    q_BLNK: jax.Array,
+    k_BTNK: jax.Array,
+    v_BTNK: jax.Array,
+    tokens: int | None = None,
+    implementation: str = "auto",
+) -> jax.Array:
+    """Attention of the tokens of one stream to those of another; arguments of `joint_attention`.
+
+    Args:
+        q_BLNK: queries of the one.
+        k_BTNK, v_BTNK: keys and values of the other.
+        tokens: of the other that are no padding; None: all.
+        implementation: a name in `IMPLEMENTATIONS`.
+    """
+    wanted = None if tokens is None else [tokens]
+    return _attention([q_BLNK], [k_BTNK], [v_BTNK], wanted, implementation)[0]
+
+
+def _attention(
+    queries: list[jax.Array],
+    keys: list[jax.Array],
+    values: list[jax.Array],
+    tokens: Sequence[int] | None,
+    implementation: str,
+) -> list[jax.Array]:
+    """All queries to all keys, of which each array has so many `tokens` that are no padding."""
+    name = chosen(implementation, queries[0].dtype)
+    lengths = [k.shape[1] for k in keys]
     wanted = lengths if tokens is None else list(tokens)
     split = sharding.context_ways() > 1
     assert split or wanted == lengths, (wanted, lengths)
 
-    def attend(streams: list[QKV]) -> list[jax.Array]:
-        queries, keys, values = zip(*streams, strict=True)
+    def attend(arrays: tuple[list[jax.Array], ...]) -> list[jax.Array]:
+        queries, keys, values = arrays
         if split:
             # Whole and without the padding, whose place is between the streams now.
             keys, values = (
@@ -71,9 +102,10 @@ def joint_attention(
         ends = np.cumsum([q.shape[1] for q in queries])[:-1]
         return jnp.split(IMPLEMENTATIONS[name](*joined), ends, axis=1)
 
+    arrays = (queries, keys, values)
     if split or name == "splash":
-        return sharding.on_shards(attend, ("batch", "tokens", "heads", None), list(streams))
-    return attend(list(streams))
+        return sharding.on_shards(attend, ("batch", "tokens", "heads", None), arrays)
+    return attend(arrays)
 
 
 def chosen(implementation: str, dtype: jnp.dtype) -> str:

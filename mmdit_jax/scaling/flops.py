@@ -1,10 +1,11 @@
 """Closed forms of the matrix-product FLOPs of backbones, text encoders and VAE, 2 per multiply-add.
 
-What MM-DiT really does: a token multiplies only the weights of its own stream, the adaLN vectors
-are computed once per sample, attention runs over all tokens. Elementwise work is not counted.
+What a backbone really does: a token multiplies only the weights of its own stream, the adaLN
+vectors are computed once per sample, attention runs over all tokens. Elementwise work is not
+counted.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from mmdit_jax import config as config_lib
 from mmdit_jax.config import Config
@@ -13,8 +14,9 @@ from mmdit_jax.config import Config
 TRAINING_FACTOR = 3
 
 
-def mmdit_forward(
+def backbone_forward(
     *,
+    backbone: str = "mmdit",
     depth: int,
     image_tokens: int,
     text_tokens: int,
@@ -23,9 +25,10 @@ def mmdit_forward(
     patch_values: int,
     dual_attention_layers: int = 0,
 ) -> int:
-    """FLOPs of one forward pass of MM-DiT on one sample.
+    """FLOPs of one forward pass of a backbone on one sample.
 
     Args:
+        backbone: a name in `BLOCKS`.
         depth: d; the width is D = 64 d.
         image_tokens: I.
         text_tokens: T.
@@ -37,16 +40,7 @@ def mmdit_forward(
     width = config_lib.HEAD_SIZE * depth
     embed = (image_tokens * patch_values + text_tokens * context_width) * width
     vectors = (256 + pooled_width + 2 * width) * width
-    blocks = [
-        block_parts(
-            image_tokens=image_tokens,
-            text_tokens=text_tokens,
-            width=width,
-            last=n == depth - 1,
-            dual=n < dual_attention_layers,
-        )
-        for n in range(depth)
-    ]
+    blocks = BLOCKS[backbone](depth, image_tokens, text_tokens, dual_attention_layers)
     final = (2 * width + image_tokens * patch_values) * width
     return 2 * (embed + vectors + final) + sum(sum(parts.values()) for parts in blocks)
 
@@ -56,7 +50,8 @@ def forward_per_sample(config: Config, size: tuple[int, int] | None = None) -> i
 
     `size`: (height, width) of the picture in pixels; None is the square of the resolution.
     """
-    return mmdit_forward(
+    return backbone_forward(
+        backbone=config.model.backbone,
         depth=config.model.depth,
         image_tokens=config_lib.image_tokens(config, size),
         text_tokens=config_lib.text_tokens(config),
@@ -76,33 +71,114 @@ def train_per_sample(config: Config, size: tuple[int, int] | None = None) -> int
 RECOMPUTED: dict[str, tuple[str, ...]] = {
     "none": (),
     "dots": ("logits", "values"),
-    "qkv_attention": ("modulation", "logits", "projection", "mlp"),
-    "offload": ("modulation", "logits", "projection", "mlp"),
-    "attention_out": ("modulation", "qkv", "logits", "projection", "mlp"),
-    "full": ("modulation", "qkv", "logits", "values", "projection", "mlp"),
+    "qkv_attention": ("modulation", "logits", "projection", "mlp", "skip"),
+    "offload": ("modulation", "logits", "projection", "mlp", "skip"),
+    "attention_out": ("modulation", "qkv", "logits", "projection", "mlp", "skip"),
+    "full": ("modulation", "qkv", "logits", "values", "projection", "mlp", "skip"),
 }
+
+Parts = dict[str, int]
 
 
 def block_parts(
-    *, image_tokens: int, text_tokens: int, width: int, last: bool = False, dual: bool = False
-) -> dict[str, int]:
-    """FLOPs of the parts of a block on one sample, forward.
+    *,
+    image_tokens: int,
+    text_tokens: int,
+    width: int,
+    last: bool = False,
+    dual: bool = False,
+    text_sets: int = 1,
+) -> Parts:
+    """FLOPs of the parts of an MM-DiT block on one sample, forward.
 
-    `last`: the text ends at the attention; `dual`: a second attention, of the image alone.
+    `last`: the text ends at the attention; `dual`: a second attention, of the image alone;
+    `text_sets`: of weights, for one kind of text tokens each.
     """
     i, t, d2 = image_tokens, text_tokens, width * width
     onwards = i if last else i + t
     again = i if dual else 0
     pairs = ((i + t) ** 2 + again * again) * width
-    parts = {
-        "modulation": (6 + (2 if last else 6) + (3 if dual else 0)) * d2,
-        "qkv": (i + t + again) * 3 * d2,
-        "logits": pairs,
-        "values": pairs,
-        "projection": (onwards + again) * d2,
-        "mlp": onwards * 8 * d2,
-    }
-    return {name: 2 * products for name, products in parts.items()}
+    return _doubled(
+        modulation=(6 + text_sets * (2 if last else 6) + (3 if dual else 0)) * d2,
+        qkv=(i + t + again) * 3 * d2,
+        logits=pairs,
+        values=pairs,
+        projection=(onwards + again) * d2,
+        mlp=onwards * 8 * d2,
+    )
+
+
+def dit_block_parts(*, tokens: int, width: int, skip: bool = False) -> Parts:
+    """FLOPs of the parts of a block with one set of weights for all its tokens, forward.
+
+    `skip`: as many features again come in over a long skip.
+    """
+    one_set = block_parts(image_tokens=tokens, text_tokens=0, width=width, text_sets=0)
+    return one_set | _doubled(skip=2 * tokens * width * width if skip else 0)
+
+
+def cross_block_parts(*, image_tokens: int, text_tokens: int, width: int) -> Parts:
+    """FLOPs of the parts of a block of CrossDiT, forward; both attentions have the same parts."""
+    i, t, d2 = image_tokens, text_tokens, width * width
+    parts = dit_block_parts(tokens=i, width=width)
+    cross = _doubled(
+        qkv=(i + 2 * t) * d2, logits=i * t * width, values=i * t * width, projection=i * d2
+    )
+    return parts | {name: parts[name] + more for name, more in cross.items()}
+
+
+def _doubled(**products: int) -> Parts:
+    return {name: 2 * count for name, count in products.items()}
+
+
+def _mmdit_blocks(
+    depth: int, image_tokens: int, text_tokens: int, dual: int, text_sets: int = 1
+) -> list[Parts]:
+    return [
+        block_parts(
+            image_tokens=image_tokens,
+            text_tokens=text_tokens,
+            width=config_lib.HEAD_SIZE * depth,
+            last=n == depth - 1,
+            dual=n < dual,
+            text_sets=text_sets,
+        )
+        for n in range(depth)
+    ]
+
+
+def _mmdit3_blocks(depth: int, image_tokens: int, text_tokens: int, dual: int) -> list[Parts]:
+    return _mmdit_blocks(depth, image_tokens, text_tokens, dual, text_sets=2)
+
+
+def _dit_blocks(depth: int, image_tokens: int, text_tokens: int, dual: int) -> list[Parts]:
+    width = config_lib.HEAD_SIZE * depth
+    return [dit_block_parts(tokens=image_tokens + text_tokens, width=width)] * depth
+
+
+def _cross_blocks(depth: int, image_tokens: int, text_tokens: int, dual: int) -> list[Parts]:
+    width = config_lib.HEAD_SIZE * depth
+    sizes = {"image_tokens": image_tokens, "text_tokens": text_tokens, "width": width}
+    return [cross_block_parts(**sizes)] * depth
+
+
+def _uvit_blocks(depth: int, image_tokens: int, text_tokens: int, dual: int) -> list[Parts]:
+    width, tokens = config_lib.HEAD_SIZE * depth, image_tokens + text_tokens
+    return [
+        dit_block_parts(tokens=tokens, width=width, skip=n >= depth - depth // 2)
+        for n in range(depth)
+    ]
+
+
+# Backbone -> the parts of each of its blocks, from (depth, image tokens, text tokens, blocks with
+# a second attention).
+BLOCKS: dict[str, Callable[[int, int, int, int], list[Parts]]] = {
+    "mmdit": _mmdit_blocks,
+    "mmdit3": _mmdit3_blocks,
+    "dit": _dit_blocks,
+    "crossdit": _cross_blocks,
+    "uvit": _uvit_blocks,
+}
 
 
 def recomputed_per_sample(
@@ -113,17 +189,10 @@ def recomputed_per_sample(
     What a flash-attention kernel computes again inside itself is not part of it.
     """
     model = config.model
-    blocks = [
-        block_parts(
-            image_tokens=config_lib.image_tokens(config, size),
-            text_tokens=config_lib.text_tokens(config),
-            width=config_lib.width(config),
-            last=n == model.depth - 1,
-            dual=n < model.dual_attention_layers,
-        )
-        for n in range(model.depth)
-    ]
-    return sum(parts[part] for parts in blocks for part in RECOMPUTED[remat or model.remat])
+    image, text = config_lib.image_tokens(config, size), config_lib.text_tokens(config)
+    blocks = BLOCKS[model.backbone](model.depth, image, text, model.dual_attention_layers)
+    again = RECOMPUTED[remat or model.remat]
+    return sum(parts.get(part, 0) for parts in blocks for part in again)
 
 
 def hardware_per_sample(config: Config, size: tuple[int, int] | None = None) -> int:

@@ -9,8 +9,8 @@ import optax
 from mmdit_jax.config import Config
 from mmdit_jax.models.layers import FIXED
 
-BLOCKS = ("dual_blocks", "joint_blocks", "last_block")
-SCANNED = ("dual_blocks", "joint_blocks")
+SCANNED = ("dual_blocks", "joint_blocks", "blocks", "in_blocks", "middle_blocks", "out_blocks")
+BLOCKS = (*SCANNED, "last_block")
 
 
 def _names(path: Any) -> tuple[str, ...]:

@@ -13,8 +13,8 @@ from mmdit_jax import config as config_lib
 from mmdit_jax import sharding
 from mmdit_jax.config import Config
 from mmdit_jax.models import BACKBONES
+from mmdit_jax.models.backbone import REMAT_POLICIES
 from mmdit_jax.models.layers import FIXED
-from mmdit_jax.models.mmdit import REMAT_POLICIES
 from mmdit_jax.training import guard as guard_lib
 from mmdit_jax.training.guard import Guard
 
@@ -68,12 +68,12 @@ def build_model(config: Config) -> nn.Module:
         ValueError: an unknown backbone or remat policy.
     """
     for what, name, known in (
-        ("model.name", config.model.name, BACKBONES),
+        ("model.backbone", config.model.backbone, BACKBONES),
         ("model.remat", config.model.remat, REMAT_POLICIES),
     ):
         if name not in known:
             raise ValueError(f"{what}={name!r} is unknown; known are {', '.join(known)}")
-    return BACKBONES[config.model.name](
+    return BACKBONES[config.model.backbone](
         **config_lib.model_settings(config), dtype=compute_dtype(config)
     )
 

@@ -14,7 +14,7 @@ from mmdit_jax import config as config_lib
 from mmdit_jax.config import Config
 from mmdit_jax.models.layers import POSITION_TABLE, position_embedding
 
-EQUAL = ("name", "depth", "patch", "dual_attention_layers", "context_width")
+EQUAL = ("backbone", "depth", "patch", "dual_attention_layers", "context_width")
 
 
 def _grid(config: Config) -> tuple[int, int, str]:

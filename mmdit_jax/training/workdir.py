@@ -202,7 +202,14 @@ def read_config(workdir: str) -> Config:
 
 
 def _complete(saved: dict[str, Any]) -> dict[str, Any]:
-    """A saved config with the keys that are newer than it: it meant what is their default."""
+    """A saved config with the keys that are newer than it: it meant what is their default.
+
+    What is `model.backbone` was `model.name` once.
+    """
+    model = saved.get("model")
+    if isinstance(model, dict) and "name" in model and "backbone" not in model:
+        model = {"backbone" if key == "name" else key: value for key, value in model.items()}
+        saved = saved | {"model": model}
 
     def fill(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
         filled = {

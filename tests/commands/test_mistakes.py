@@ -27,7 +27,7 @@ def test_mistakes_in_the_config_are_named(commands, tmp_path):
         "unknown flag": [config, "--dryrun"],
         "no data": [config, f"--workdir={tmp_path}/w", f"--config.data.path={tmp_path}/none"],
         "data not given": [config, f"--workdir={tmp_path}/w"],
-        "backbone": [config, "--dry_run", "--config.model.name=unet"],
+        "backbone": [config, "--dry_run", "--config.model.backbone=unet"],
         "large model": [config + ":depth=38", "--dry_run", "--config.mesh.fsdp=7"]
         + ["--config.batch_size=7"],
     }
@@ -48,7 +48,7 @@ def test_mistakes_in_the_config_are_named(commands, tmp_path):
         "unknown flag": "dryrun",
         "no data": f"{tmp_path}/none|data_pipelines.build",
         "data not given": "config.data.path",
-        "backbone": "'unet'|mmdit",
+        "backbone": "model.backbone='unet'|mmdit, mmdit3, dit, crossdit, uvit",
         "large model": "fsdp=7|divides",
     }
     commands.refuses("mmdit_jax.train", cases, expected)

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmdit_jax.models.mmdit import REMAT_POLICIES, JointBlock, MMDiT
+from mmdit_jax.models import BACKBONES
+from mmdit_jax.models.backbone import REMAT_POLICIES
+from mmdit_jax.models.mmdit import JointBlock, MMDiT
 
 # paper.md 3.4, MM-DiT with two weight sets, without QK-norm.
 PARAMETERS = {
@@ -26,8 +28,8 @@ PARAMETERS = {
 }
 
 
-def shapes(**settings):
-    model = MMDiT(**settings)
+def shapes(backbone="mmdit", **settings):
+    model = BACKBONES[backbone](**settings)
     inputs = (
         jnp.zeros((1, 32, 32, settings.get("channels", 16))),
         jnp.zeros((1,)),
@@ -141,13 +143,13 @@ def test_scan_over_blocks_equals_a_loop_over_blocks():
     calls = []
 
     class Looped(MMDiT):
-        def _scan(self, carry, y_BD, length, name, **settings):
+        def _scan(self, block, name, length, carry, y_BD, **settings):
             calls.append(length)
             for i in range(length):
                 layer = jax.tree.map(lambda x, i=i: x[i], params[name])
-                block = JointBlock(**settings, parent=None)
-                carry, _ = block.apply({"params": layer}, carry, y_BD)
-            return carry
+                one = block(**settings, parent=None)
+                carry, _ = one.apply({"params": layer}, carry, y_BD)
+            return carry, None
 
     looped = Looped(**{f: getattr(model, f) for f in ("depth", "channels", "pos_embed_native")})
     np.testing.assert_allclose(run(looped, params, inputs), scanned, atol=1e-5, rtol=1e-5)

@@ -10,19 +10,29 @@ import pytest
 
 from mmdit_jax import config as config_lib
 from mmdit_jax.encoders import clip, t5, vae
-from mmdit_jax.models.mmdit import REMAT_POLICIES, JointBlock, MMDiT
+from mmdit_jax.models import BACKBONES
+from mmdit_jax.models.backbone import REMAT_POLICIES
+from mmdit_jax.models.crossdit import CrossBlock
+from mmdit_jax.models.mmdit import JointBlock
+from mmdit_jax.models.uvit import OutBlock
 from mmdit_jax.scaling import flops
 
 SD3 = {"context_width": 4096, "pooled_width": 2048, "patch_values": 64}
 
 
-class Unscanned(MMDiT):
+def unscanned(name):
     """XLA counts a scanned block once, so the blocks stand side by side here."""
 
-    def _scan(self, carry, y_BD, length, name, **settings):
-        for i in range(length):
-            carry, _ = JointBlock(**settings, name=f"{name}_{i}")(carry, y_BD)
-        return carry
+    class Unscanned(BACKBONES[name]):
+        def _scan(self, block, name, length, carry, *inputs, each=(), reverse=False, **settings):
+            made = []
+            for i in range(length):
+                own = [xs[i] for xs in each]  # in whatever order: they are of one shape
+                carry, more = block(**settings, name=f"{name}_{i}")(carry, *inputs, *own)
+                made.append(more)
+            return carry, made
+
+    return Unscanned
 
 
 def counted(function, *shapes) -> float:
@@ -34,18 +44,40 @@ def zeros(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def within_one_percent(depth, dual=0):
-    model = Unscanned(depth=depth, dual_attention_layers=dual, attention="xla")
+def within_one_percent(depth, backbone="mmdit", dual=0):
+    own = {"dual_attention_layers": dual} if dual else {}
+    if backbone == "mmdit3":
+        own["clip_tokens"] = 77
+    model = unscanned(backbone)(depth=depth, attention="xla", **own)
     inputs = [zeros(1, 32, 32, 16), zeros(1), zeros(1, 154, 4096), zeros(1, 2048)]
     params = jax.eval_shape(model.init, jax.random.key(0), *inputs)
-    closed = flops.mmdit_forward(
-        depth=depth, image_tokens=256, text_tokens=154, dual_attention_layers=dual, **SD3
+    closed = flops.backbone_forward(
+        backbone=backbone,
+        depth=depth,
+        image_tokens=256,
+        text_tokens=154,
+        dual_attention_layers=dual,
+        **SD3,
     )
     assert closed <= counted(model.apply, params, *inputs) < 1.01 * closed
 
 
 def test_closed_form_of_mmdit_is_within_one_percent_of_xla():
     within_one_percent(15, dual=3)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "dual"),
+    [
+        ("crossdit", 0),
+        ("uvit", 0),
+        pytest.param("dit", 0, marks=pytest.mark.long),
+        pytest.param("mmdit3", 0, marks=pytest.mark.long),
+        pytest.param("mmdit3", 3, marks=pytest.mark.long),
+    ],
+)
+def test_closed_forms_of_the_other_backbones_are_within_one_percent_of_xla(backbone, dual):
+    within_one_percent(15, backbone, dual)
 
 
 @pytest.mark.long
@@ -61,24 +93,49 @@ def test_what_a_remat_policy_computes_again_is_what_xla_counts_more(last, dual):
     block = JointBlock(heads=24, qk_norm=True, last=last, dual=dual, attention="xla")
     tokens = {"text_tokens": 154, "image_tokens": 256}
     inputs = ((zeros(1, 154, 1536), zeros(1, 256, 1536)), zeros(1, 1536))
-    params = jax.eval_shape(block.init, jax.random.key(0), *inputs)
     parts = flops.block_parts(width=1536, last=last, dual=dual, **tokens)
 
+    def squares(out):
+        (c, x), _ = out
+        return jnp.sum(x**2) + (0.0 if last else jnp.sum(c**2))
+
+    computes_again(block, inputs, parts, squares)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("block_class", [CrossBlock, OutBlock])
+def test_what_a_block_of_another_backbone_computes_again_is_what_xla_counts_more(block_class):
+    """Of DiT it is what OutBlock does but for the skip."""
+    block = block_class(heads=24, qk_norm=True, attention="xla")
+    x, y, c = zeros(1, 256, 1536), zeros(1, 1536), zeros(1, 154, 1536)
+    if block_class is CrossBlock:
+        inputs = (x, y, c)
+        parts = flops.cross_block_parts(image_tokens=256, text_tokens=154, width=1536)
+    else:
+        inputs = (x, y, x)
+        parts = flops.dit_block_parts(tokens=256, width=1536, skip=True)
+    computes_again(block, inputs, parts, lambda out: jnp.sum(out[0] ** 2))
+
+
+def computes_again(block, inputs, parts, squares):
+    """Compares, for every policy, what XLA counts in the gradients with the table."""
+    params = jax.eval_shape(block.init, jax.random.key(0), *inputs)
+
     def of_gradients(policy):
-        rematted = block if policy is None else nn.remat(JointBlock, policy=policy)
-        apply = block.apply if policy is None else rematted(**settings(block)).apply
+        apply = block.apply
+        if policy is not None:
+            apply = nn.remat(type(block), policy=policy)(**settings(block)).apply
 
         def loss(params, *inputs):
-            (c, x), _ = apply(params, *inputs)
-            return jnp.sum(x**2) + (0.0 if last else jnp.sum(c**2))
+            return squares(apply(params, *inputs))
 
-        return counted(jax.grad(loss, argnums=(0, 1, 2)), params, *inputs)
+        return counted(jax.grad(loss, argnums=range(len(inputs) + 1)), params, *inputs)
 
     assert REMAT_POLICIES.keys() == flops.RECOMPUTED.keys()
     once = of_gradients(None)
     assert once == pytest.approx(3 * sum(parts.values()), rel=0.01)
     for name, policy in REMAT_POLICIES.items():
-        again = sum(parts[part] for part in flops.RECOMPUTED[name])
+        again = sum(parts.get(part, 0) for part in flops.RECOMPUTED[name])
         assert of_gradients(policy) == pytest.approx(once + again, rel=0.01), name
 
 
@@ -94,7 +151,7 @@ def test_hardware_flops_are_model_flops_and_what_is_computed_again():
     config.model.remat = "full"
     again = flops.hardware_per_sample(config) - model_flops
     outside = {"image_tokens": 256, "text_tokens": 154, **SD3}
-    assert again < flops.mmdit_forward(depth=24, **outside) < 1.05 * again
+    assert again < flops.backbone_forward(depth=24, **outside) < 1.05 * again
 
 
 def test_closed_forms_of_text_encoders_are_within_one_percent_of_xla():
@@ -134,5 +191,5 @@ def test_closed_forms_of_the_autoencoder_are_within_one_percent_of_xla():
 )
 def test_forward_flops_equal_the_paper_notes(depth, expected):
     """paper.md 6.3, 256 image and 154 text tokens."""
-    closed = flops.mmdit_forward(depth=depth, image_tokens=256, text_tokens=154, **SD3)
+    closed = flops.backbone_forward(depth=depth, image_tokens=256, text_tokens=154, **SD3)
     assert closed == pytest.approx(expected, rel=0.01)

@@ -10,6 +10,7 @@ import pytest
 
 from mmdit_jax import run, sharding
 from mmdit_jax.data import latents
+from mmdit_jax.models import BACKBONES
 from mmdit_jax.training import guard as guard_lib
 from mmdit_jax.training import state as state_lib
 from mmdit_jax.training import step as step_lib
@@ -56,10 +57,12 @@ MESHES = {
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("name", MESHES)
-def test_losses_on_eight_devices_equal_those_on_one(name):
-    _, one = trained()
-    _, eight = trained(devices=8, mesh=MESHES[name])
+def test_losses_on_eight_devices_equal_those_on_one(name, backbone):
+    changes = (("model.backbone", backbone),)
+    _, one = trained(changes=changes)
+    _, eight = trained(devices=8, mesh=MESHES[name], changes=changes)
     for a, b in zip(one, eight, strict=True):
         np.testing.assert_allclose(b["loss"], a["loss"], rtol=1e-5)
         np.testing.assert_allclose(b["grad_norm"], a["grad_norm"], rtol=1e-4)

@@ -8,6 +8,7 @@ from mmdit_jax import config as config_lib
 from mmdit_jax.data.manifest import Bucket, Manifest
 from mmdit_jax.training.workdir import (
     check_identity,
+    read_config,
     read_identity,
     same_on_all_hosts,
     write_identity,
@@ -36,6 +37,20 @@ def test_a_run_from_before_a_key_existed_had_its_default(tmp_path):
     check(tmp_path, config)
     config.model.pos_embed_random_crop = True
     with pytest.raises(ValueError, match="model.pos_embed_random_crop is True, was False"):
+        check(tmp_path, config)
+
+
+def test_a_run_from_when_the_backbone_was_called_name_still_opens(tmp_path):
+    config = config_lib.default()
+    write_identity(str(tmp_path), config, MANIFEST)
+    path = tmp_path / "config.json"
+    saved = json.loads(path.read_text())
+    saved["config"]["model"]["name"] = saved["config"]["model"].pop("backbone")
+    path.write_text(json.dumps(saved))
+    check(tmp_path, config)
+    assert read_config(str(tmp_path)).to_dict() == config.to_dict()
+    config.model.backbone = "dit"
+    with pytest.raises(ValueError, match="model.backbone is dit, was mmdit"):
         check(tmp_path, config)
 
 

@@ -1,0 +1,120 @@
+"""A set of weights of a block, of which backbones have one for all tokens or one for each kind."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from mmdit_jax.models.attention import QKV, joint_attention, max_logit
+from mmdit_jax.models.layers import Linear, Mlp, RMSNorm, layer_norm, modulate
+from mmdit_jax.sharding import constrain
+
+HEAD_SIZE = 64
+
+TOKENS = ("batch", "tokens", "width")  # logical axes of a stream
+
+
+def sow_max_logit(
+    module: nn.Module, queries: Sequence[jax.Array], keys: Sequence[jax.Array]
+) -> None:
+    """Reports the largest logit of an attention, to whom asks for `intermediates`."""
+    if module.is_mutable_collection("intermediates"):
+        q, k = (jnp.concatenate(xs, axis=1) for xs in (queries, keys))
+        module.sow("intermediates", "max_attention_logit", max_logit(q, k))
+
+
+class Attention(nn.Module):
+    """The projections of one stream into and out of an attention."""
+
+    heads: int
+    qk_norm: bool
+    pre_only: bool = False
+    dtype: Any = jnp.float32
+    reduce_dtype: Any = jnp.float32
+
+    def setup(self):
+        width = self.heads * HEAD_SIZE
+        types = {"dtype": self.dtype, "reduce_dtype": self.reduce_dtype}
+        self.qkv = Linear((3, width), ("embed", "stack", "heads_out"), **types)
+        if self.qk_norm:
+            self.ln_q = RMSNorm(dtype=self.dtype)
+            self.ln_k = RMSNorm(dtype=self.dtype)
+        if not self.pre_only:
+            self.proj = Linear((width,), ("heads_out", "embed"), **types)
+
+    def project_in(self, x_BLD: jax.Array) -> QKV:
+        """q, k, v as (B, L, N, K), q and k normalised before the streams are joined."""
+        # Named before the norms: their gradients need it so.
+        qkv = checkpoint_name(self.qkv(x_BLD), "qkv")
+        qkv = qkv.reshape(*qkv.shape[:-1], self.heads, HEAD_SIZE)
+        qkv = constrain(qkv, "batch", "tokens", None, "heads", None)
+        q_BLNK, k_BLNK, v_BLNK = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        if self.qk_norm:
+            q_BLNK, k_BLNK = self.ln_q(q_BLNK), self.ln_k(k_BLNK)
+        return QKV(q_BLNK, k_BLNK, v_BLNK)
+
+    def project_out(self, o_BLNK: jax.Array) -> jax.Array:
+        return self.proj(o_BLNK.reshape(*o_BLNK.shape[:2], -1))
+
+
+class Stream(nn.Module):
+    """One set of weights of a block: modulation, attention projections, MLP.
+
+    The modulation has 6 vectors (shift, scale, gate for attention and for the MLP), 9 with a
+    second attention (`dual`), 2 where the stream ends at the attention (`pre_only`).
+
+    `tokens`: of the stream that are no padding; None: all.
+    """
+
+    heads: int
+    qk_norm: bool
+    pre_only: bool = False
+    dual: bool = False
+    dtype: Any = jnp.float32
+    reduce_dtype: Any = jnp.float32
+    tokens: int | None = None
+    attention: str = "auto"
+
+    def setup(self):
+        width = self.heads * HEAD_SIZE
+        vectors = 2 if self.pre_only else 9 if self.dual else 6
+        types = {"dtype": self.dtype, "reduce_dtype": self.reduce_dtype}
+        self.adaLN_modulation = Linear(
+            (vectors, width), ("embed", "stack", "modulation"), initializer="zeros", **types
+        )
+        self.attn = Attention(self.heads, self.qk_norm, self.pre_only, **types)
+        if self.dual:
+            self.attn2 = Attention(self.heads, self.qk_norm, **types)
+        if not self.pre_only:
+            self.mlp = Mlp(width, **types)
+
+    def before(self, x_BLD: jax.Array, y_BD: jax.Array):
+        """Modulated q, k, v of the attention and what the other two methods need."""
+        m_BSD = constrain(self.adaLN_modulation(y_BD), "batch", None, "width")
+        normed_BLD = layer_norm(x_BLD)
+        qkv = self.attn.project_in(modulate(normed_BLD, m_BSD[:, 0], m_BSD[:, 1]))
+        return qkv, (normed_BLD, m_BSD)
+
+    def attend(self, qkv: QKV) -> jax.Array:
+        """Attention of the stream to itself alone."""
+        tokens = None if self.tokens is None else [self.tokens]
+        return joint_attention([qkv], tokens, self.attention)[0]
+
+    def add_attention(self, x_BLD: jax.Array, o_BLNK: jax.Array, carried) -> jax.Array:
+        """Adds the gated attention, and the gated second attention if there is one."""
+        normed_BLD, m_BSD = carried
+        x_BLD = x_BLD + m_BSD[:, 2, None] * self.attn.project_out(o_BLNK)
+        if self.dual:
+            # Reads the same norm as the joint attention, not the sum after it (conventions 1.4).
+            qkv = self.attn2.project_in(modulate(normed_BLD, m_BSD[:, 6], m_BSD[:, 7]))
+            x_BLD = x_BLD + m_BSD[:, 8, None] * self.attn2.project_out(self.attend(qkv))
+        return x_BLD
+
+    def add_mlp(self, x_BLD: jax.Array, carried) -> jax.Array:
+        """Adds the gated MLP."""
+        _, m_BSD = carried
+        h_BLD = modulate(layer_norm(x_BLD), m_BSD[:, 3], m_BSD[:, 4])
+        return x_BLD + m_BSD[:, 5, None] * self.mlp(h_BLD)
