@@ -23,7 +23,7 @@ from mmdit_jax import sharding, strict_json
 
 # The leaf of a Linen parameter -> the leaf of its torch name. CLIP's class token has no module.
 LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
-LEAVES |= {"class_embedding": "class_embedding"}
+LEAVES |= {name: name for name in ("class_embedding", "running_mean", "running_var")}
 
 # Dimensions of a Linen kernel -> its axes in the order of torch. Linear is (out, in) there and
 # (in, out) here, Conv2d (out, in, h, w) there and (h, w, in, out) here. Other leaves are alike.
@@ -64,11 +64,15 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 def weight_files(folder: str | Path) -> list[Path]:
     """Returns the *.safetensors files of a model folder, by way of the index where there is one.
 
+    What is a file itself is the weights.
+
     Raises:
         FileNotFoundError: no weights, or shards that the index names and the folder lacks.
         ValueError: several files and nothing that says which of them is the model.
     """
     folder = Path(folder)
+    if folder.is_file():
+        return [folder]
     for stem in STEMS:
         index = folder / f"{stem}.safetensors.index.json"
         if index.is_file():
