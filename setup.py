@@ -47,5 +47,6 @@ setup(
         "beam": ["apache-beam"],
         "parquet": ["pyarrow"],
         "dedup": ["faiss-cpu"],
+        "geneval": ["torch"],
     },
 )

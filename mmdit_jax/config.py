@@ -165,7 +165,16 @@ def default(*, depth: int = 24, resolution: int = 256, text_length: int = 77) ->
                 # longer than any one compilation, restore, hook or save; 0 is off.
                 "watchdog_s": 600.0,
             },
-            "evaluation": {"every": 10_000, "samples": 4096, "levels": 8, "batch_size": 256},
+            "evaluation": {
+                "every": 10_000,  # steps
+                "samples": 4096,
+                "levels": 8,
+                "grid": "midpoints",  # of t: midpoints | paper | mlperf | stratified
+                "batch_size": 256,
+                "pictures": 0,  # sampled each time for FID and CLIP score; 0 is off
+                "inception": "",  # file of FID's network, for fid (docs/evaluation.md)
+                "clip": "",  # folder of a CLIP, for clip_fid and clip_score
+            },
             "samples": sampling(),
             "log": {"every": 100, "attention_logits": False},
             "init_from": "",  # workdir of a run, or what `mmdit_jax.weights import` wrote

@@ -1,28 +1,46 @@
-"""Evaluates a trained run and writes one JSON object: evaluator -> {metric: number}, plus settings.
+"""Evaluates trained runs and writes one JSON object: evaluator -> {metric: number}, plus settings.
 
     python -m mmdit_jax.evaluate --workdir=runs/shapes --evaluators=val_loss,shapes \\
         --output=results.json
 
-    val_loss  loss on fixed (sample, t, noise) triples of the validation split
-    shapes    samples the held-out prompts of the built-in pictures, finds the objects in the
-              pixels, scores colour, shape, count, position, pairs, binding (GenEval's categories)
+    val_loss     loss on fixed (sample, t, noise) triples of the validation split
+    shapes       samples the held-out prompts of the built-in pictures, finds the objects in the
+                 pixels, scores colour, shape, count, position, pairs, binding as GenEval does
+    fid          Frechet distance of samples to the validation pictures, or those of --reference, in
+                 features of --inception (fid), of --clip (clip_fid), or both
+    clip_score   100 x cosine between samples and their captions, by --clip
+    geneval      the prompts of --geneval_prompts, judged by --detector and, for colours, --clip
+    path_length  length of the sampling paths; with --clip what few steps cost (Table 6)
+
+fid and clip_score share their samples. With several workdirs the object is {"runs": {workdir: as
+above}}, and path_length makes Table 6 of them. docs/evaluation.md says what each file is.
 """
 
+import functools
 import itertools
 import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 from absl import flags, logging
 
 import mmdit_jax
-from mmdit_jax import command, run, trained_run
+from mmdit_jax import command, evaluators, run, trained_run
 from mmdit_jax.data import shapes as shapes_data
+from mmdit_jax.data.loader import Loader
+from mmdit_jax.encoders.inception import RESIZES
+from mmdit_jax.evaluation import clip_score as clip_score_lib
+from mmdit_jax.evaluation import detection, features
+from mmdit_jax.evaluation import geneval as geneval_lib
+from mmdit_jax.evaluation import path_length as path_length_lib
 from mmdit_jax.evaluation import shapes as shapes_lib
+from mmdit_jax.evaluation.sampling import Sampler, SampleSettings
+from mmdit_jax.evaluation.validation import LEVELS
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Of a run of mmdit_jax.train.")
+_WORKDIR = flags.DEFINE_list("workdir", None, "Of a run of mmdit_jax.train, or of several.")
 _EVALUATORS = flags.DEFINE_list("evaluators", ["val_loss"], "Names, separated by commas.")
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file to write.")
 _STEP = flags.DEFINE_integer("step", 0, "Checkpoint; 0 is the newest.")
@@ -43,43 +61,112 @@ _AUTOENCODER = flags.DEFINE_string(
     "autoencoder", "", "Folder of the VAE, when it is not where the data says."
 )
 
+_GRID = flags.DEFINE_enum("grid", None, list(LEVELS), "Noise levels of val_loss.")
+_LEVELS = flags.DEFINE_integer("levels", None, "How many noise levels val_loss has.", lower_bound=1)
+_SAMPLES = flags.DEFINE_integer(
+    "pictures", 1000, "Captions of the validation split that are sampled, at most.", lower_bound=2
+)
+_INCEPTION = flags.DEFINE_string("inception", "", "File of FID's InceptionV3 (safetensors).")
+_CLIP = flags.DEFINE_string(
+    "clip", "", "Folder of a CLIP of transformers, or MODEL,TOKENIZER; the paper's is L/14."
+)
+_RESIZE = flags.DEFINE_enum("resize", RESIZES[0], list(RESIZES), "Of the InceptionV3's pictures.")
+_REFERENCE = flags.DEFINE_string(
+    "reference", "", "Of fid: a folder of pictures, or .npz of mu and sigma; empty: validation."
+)
+_STATISTICS = flags.DEFINE_string(
+    "statistics", evaluators.CACHE, "Folder that keeps statistics of references; empty: none."
+)
+_GENEVAL_PROMPTS = flags.DEFINE_string("geneval_prompts", "", "evaluation_metadata.jsonl.")
+_DETECTOR = flags.DEFINE_string("detector", "", "Folder of a detector of transformers.")
+_IMAGES = flags.DEFINE_integer(
+    "images_per_prompt", geneval_lib.IMAGES_PER_PROMPT, "Of geneval.", lower_bound=1
+)
+
 Metrics = dict[str, float]
 Settings = dict[str, Any]
 
 
-def val_loss(trained: trained_run.TrainedRun) -> tuple[Metrics, Settings]:
+class Job:
+    """A run to evaluate; what several evaluators need is made once."""
+
+    def __init__(self, trained: trained_run.TrainedRun):
+        self.trained = trained
+        overrides = {
+            "steps": _STEPS.value,
+            "cfg": _CFG.value,
+            "solver": _SOLVER.value,
+            "shift": _SHIFT.value,
+            "seed": _SEED.value,
+        }
+        self.sampling: SampleSettings = run.sample_settings(trained.parts.config)._replace(
+            **{name: value for name, value in overrides.items() if value is not None}
+        )
+
+    @functools.cached_property
+    def sampler(self) -> Sampler:
+        """With the flags' settings."""
+        return run.make_sampler(
+            self.trained.parts,
+            self.trained.manifest,
+            self.trained.mesh,
+            self.sampling,
+            encoders=_ENCODERS.value,
+            autoencoder=_AUTOENCODER.value,
+            batch_size=_BATCH_SIZE.value,
+        )
+
+    @functools.cached_property
+    def loader(self) -> Loader:
+        """Of the validation split."""
+        config = self.trained.parts.config
+        return run.make_loader(config, "validation", config.evaluation.batch_size)
+
+    @functools.cached_property
+    def pictures(self) -> tuple[dict[str, Metrics], Settings]:
+        """fid and clip_score, as far as they are asked for, of the same pictures."""
+        measure = evaluators.PictureMetrics(
+            picture_settings(),
+            sampler=self.sampler,
+            prompts=evaluators.captions(self.loader, _SAMPLES.value),
+            loader=self.loader,
+            mesh=self.trained.mesh,
+            wanted=[name for name in ("fid", "clip_score") if name in _EVALUATORS.value],
+        )
+        return measure(self.trained.params), measure.settings()
+
+
+def picture_settings() -> evaluators.PictureSettings:
+    """Of the flags."""
+    return evaluators.PictureSettings(
+        inception=_INCEPTION.value,
+        clip=_CLIP.value,
+        resize=_RESIZE.value,
+        reference=_REFERENCE.value,
+        cache=_STATISTICS.value,
+    )
+
+
+def val_loss(job: Job) -> tuple[Metrics, Settings]:
     """Validation loss of the run's own data set."""
-    config = trained.parts.config
-    loader = run.make_loader(config, "validation", config.evaluation.batch_size)
-    result = run.make_validation(trained.parts, loader, trained.mesh)(trained.params)
+    config = job.trained.parts.config
+    with config.unlocked():
+        config.evaluation.grid = _GRID.value or config.evaluation.grid
+        config.evaluation.levels = _LEVELS.value or config.evaluation.levels
+    grid, levels = config.evaluation.grid, config.evaluation.levels
+    result = run.make_validation(job.trained.parts, job.loader, job.trained.mesh)(
+        job.trained.params
+    )
     return result.scalars(), {
         "samples": result.samples,
-        "levels": "t = (i + 0.5) / " + str(config.evaluation.levels),
+        "grid": grid,
+        "levels": LEVELS[grid].replace("K", str(levels)),
         "data": config.data.path,
     }
 
 
-def shapes(trained: trained_run.TrainedRun) -> tuple[Metrics, Settings]:
+def shapes(job: Job) -> tuple[Metrics, Settings]:
     """Accuracy on prompts of the built-in pictures that do not occur in training."""
-    overrides = {
-        "steps": _STEPS.value,
-        "cfg": _CFG.value,
-        "solver": _SOLVER.value,
-        "shift": _SHIFT.value,
-        "seed": _SEED.value,
-    }
-    settings = run.sample_settings(trained.parts.config)._replace(
-        **{name: value for name, value in overrides.items() if value is not None}
-    )
-    sampler = run.make_sampler(
-        trained.parts,
-        trained.manifest,
-        trained.mesh,
-        settings,
-        encoders=_ENCODERS.value,
-        autoencoder=_AUTOENCODER.value,
-        batch_size=_BATCH_SIZE.value,
-    )
     prompts = [
         prompt
         for category in shapes_data.CATEGORIES
@@ -88,52 +175,152 @@ def shapes(trained: trained_run.TrainedRun) -> tuple[Metrics, Settings]:
         )
     ]
     metrics = shapes_lib.evaluate(
-        lambda texts: sampler(trained.params, texts), prompts, images_per_prompt=1
+        lambda texts: job.sampler(job.trained.params, texts), prompts, images_per_prompt=1
     )
     return metrics, {
-        **settings._asdict(),
+        **job.sampling._asdict(),
         "prompts": len(set(prompts)),
         "pictures_per_category": _PICTURES.value,
     }
 
 
-EVALUATORS: dict[str, Callable[[trained_run.TrainedRun], tuple[Metrics, Settings]]] = {
+def fid(job: Job) -> tuple[Metrics, Settings]:
+    """Frechet distance of samples to reference pictures."""
+    results, settings = job.pictures
+    return results["fid"], settings
+
+
+def clip_score(job: Job) -> tuple[Metrics, Settings]:
+    """How well samples fit the captions that they are made of."""
+    results, settings = job.pictures
+    return results["clip_score"], settings
+
+
+def geneval(job: Job) -> tuple[Metrics, Settings]:
+    """Objects, counts, colours and positions of prompts, found by a detector."""
+    asked = geneval_lib.read_prompts(_GENEVAL_PROMPTS.value)
+    asked = [prompt for prompt in asked for _ in range(_IMAGES.value)]
+    detector = detection.TransformersDetector(_DETECTOR.value)
+    unknown = sorted({name for prompt in asked for name in classes(prompt)} - detector.classes)
+    if unknown:
+        raise ValueError(
+            f"--detector={_DETECTOR.value} does not know {', '.join(unknown[:4])}, which "
+            f"{_GENEVAL_PROMPTS.value} asks for; give one that was trained on COCO"
+        )
+    clip = features.clip_features(_CLIP.value.partition(",")[0], mesh=job.trained.mesh)
+    colors = detection.ClipColors(clip, clip_score_lib.text_tower(_CLIP.value))
+    judge = geneval_lib.GenEval(asked, detector, colors)
+    for texts, pictures in job.sampler.pictures(job.trained.params, [p["prompt"] for p in asked]):
+        judge.add(texts, pictures)
+    return judge.metrics(), {
+        **job.sampling._asdict(),
+        "prompts": len(asked) // _IMAGES.value,
+        "images_per_prompt": _IMAGES.value,
+        "threshold": geneval_lib.THRESHOLD,
+        "counting_threshold": geneval_lib.COUNTING_THRESHOLD,
+        "position_threshold": geneval_lib.POSITION_THRESHOLD,
+        "max_objects": geneval_lib.MAX_OBJECTS,
+        "detector": detector.about,
+        "colors": clip.about,
+    }
+
+
+def classes(prompt: dict[str, Any]) -> set[str]:
+    """The classes that a prompt of geneval speaks of."""
+    return {asked["class"] for key in ("include", "exclude") for asked in prompt.get(key, [])}
+
+
+def path_length(job: Job) -> tuple[Metrics, Settings]:
+    """A row of Table 6."""
+    trained = job.trained
+    make_score = None
+    if _CLIP.value:
+        clip = features.clip_features(_CLIP.value.partition(",")[0], mesh=trained.mesh)
+        text = clip_score_lib.text_tower(_CLIP.value)
+        make_score = functools.partial(clip_score_lib.ClipScore, clip, text)
+    prompts = evaluators.captions(job.loader, _SAMPLES.value)
+    steps = path_length_lib.STEPS
+    metrics = path_length_lib.path_length(
+        lambda count: job.sampler.with_steps(count), trained.params, prompts, make_score, steps
+    )
+    settings = {**job.sampling._asdict(), "steps": steps, "prompts": len(prompts)}
+    return metrics, settings | ({"clip": clip.about} if _CLIP.value else {})
+
+
+EVALUATORS: dict[str, Callable[[Job], tuple[Metrics, Settings]]] = {
     "val_loss": val_loss,
     "shapes": shapes,
+    "fid": fid,
+    "clip_score": clip_score,
+    "geneval": geneval,
+    "path_length": path_length,
 }
 
 
-def main(argv: list[str]) -> int:
-    """Opens the run, evaluates, writes."""
-    del argv
+def check_flags() -> None:
+    """Refuses what cannot be evaluated, before a run is opened."""
     if not _WORKDIR.value or not _OUTPUT.value:
         raise ValueError("--workdir and --output are needed; see --help")
-    unknown = [name for name in _EVALUATORS.value if name not in EVALUATORS]
-    if unknown or not _EVALUATORS.value:
+    names = _EVALUATORS.value
+    unknown = [name for name in names if name not in EVALUATORS]
+    if unknown or not names:
         raise ValueError(
             f"evaluator {', '.join(unknown) or '(none)'} is unknown; known are "
             f"{', '.join(EVALUATORS)}"
         )
-    config = trained_run.read_config(_WORKDIR.value)
+    for evaluator, files in {
+        "clip_score": {"clip": _CLIP.value},
+        "geneval": {
+            "geneval_prompts": _GENEVAL_PROMPTS.value,
+            "detector": _DETECTOR.value,
+            "clip": _CLIP.value,
+        },
+    }.items():
+        missing = [f"--{flag}" for flag, value in files.items() if not value]
+        if evaluator in names and missing:
+            raise ValueError(
+                f"evaluator {evaluator} needs {', '.join(missing)}; docs/evaluation.md says where "
+                "to get them"
+            )
+    if {"fid", "clip_score"} & set(names):
+        picture_settings().check()
+    if "geneval" in names:
+        geneval_lib.read_prompts(_GENEVAL_PROMPTS.value)
+
+
+def evaluate_run(workdir: str) -> dict[str, Any]:
+    """Opens a run and evaluates it."""
+    config = trained_run.read_config(workdir)
     weights = _WEIGHTS.value or ("ema" if config.ema.decay > 0 else "raw")
-    trained = trained_run.open_run(_WORKDIR.value, weights=weights, step=_STEP.value)
+    trained = trained_run.open_run(workdir, weights=weights, step=_STEP.value)
     results: dict[str, Any] = {}
     settings: dict[str, Any] = {
-        "workdir": os.path.abspath(_WORKDIR.value),
+        "workdir": os.path.abspath(workdir),
         "step": trained.step,
         "weights": weights,
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "version": mmdit_jax.__version__,
     }
+    job = Job(trained)
     for name in _EVALUATORS.value:
-        results[name], settings[name] = EVALUATORS[name](trained)
+        results[name], settings[name] = EVALUATORS[name](job)
         line = "  ".join(f"{metric} {value:.4g}" for metric, value in results[name].items())
         logging.info("%s: %s", name, line)
-    directory = os.path.dirname(os.path.abspath(_OUTPUT.value))
-    os.makedirs(directory, exist_ok=True)
-    with open(_OUTPUT.value, "w", encoding="utf-8") as file:
-        json.dump({**results, "settings": settings}, file, indent=2)
-        file.write("\n")
+    return {**results, "settings": settings}
+
+
+def main(argv: list[str]) -> int:
+    """Evaluates every run, writes."""
+    del argv
+    check_flags()
+    results = {workdir: evaluate_run(workdir) for workdir in _WORKDIR.value}
+    output = Path(_OUTPUT.value).absolute()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    whole = {"runs": results} if len(results) > 1 else next(iter(results.values()))
+    output.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+    if "path_length" in _EVALUATORS.value:
+        rows = [(os.path.basename(w.rstrip("/")), r["path_length"]) for w, r in results.items()]
+        print(path_length_lib.table(rows))
     print(f"results in {_OUTPUT.value}")
     return command.EXIT_OK
 

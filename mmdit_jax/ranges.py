@@ -66,6 +66,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "evaluation.samples": _FROM_ONE,
     "evaluation.levels": (1, 4096),
     "evaluation.batch_size": _BATCH,
+    "evaluation.pictures": _COUNT,
     "samples.every": _COUNT,
     "samples.steps": (1, 1 << 16),
     "samples.shift": _SHIFT,

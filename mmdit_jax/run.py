@@ -25,7 +25,7 @@ from mmdit_jax.encoders import pixels
 from mmdit_jax.encoders.conditioning import assemble, drop_mask, finite
 from mmdit_jax.encoders.text import encode, load_text_encoders, require_recorded
 from mmdit_jax.evaluation.sampling import Sampler, SampleSettings
-from mmdit_jax.evaluation.validation import Validation
+from mmdit_jax.evaluation.validation import Validation, level_count
 from mmdit_jax.flow import formulation as formulation_lib
 from mmdit_jax.flow.formulation import Formulation
 from mmdit_jax.training import optimizer as optimizer_lib
@@ -50,6 +50,7 @@ def build(config: Config) -> Parts:
         ValueError: what is wrong with the config.
     """
     config_lib.validate(config)
+    level_count(config.evaluation.grid, config.evaluation.levels)
     model = state_lib.build_model(config)
     formulation = formulation_lib.make(**config.flow)
     names, context_width = tuple(config.data.text_encoders), config.model.context_width
@@ -170,6 +171,7 @@ def make_validation(parts: Parts, loader: Loader, mesh: Mesh) -> Validation:
         mesh=mesh,
         samples=settings.samples,
         levels=settings.levels,
+        grid=settings.grid,
         batch_size=settings.batch_size,
     )
 

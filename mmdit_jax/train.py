@@ -18,7 +18,7 @@ from absl import flags, logging
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
-from mmdit_jax import command, hosts, run, sharding, trained_run
+from mmdit_jax import command, evaluators, hosts, run, sharding, trained_run
 from mmdit_jax import config as config_lib
 from mmdit_jax.data.loader import Loader
 from mmdit_jax.data.manifest import Bucket
@@ -267,7 +267,7 @@ def train_run(
 
 
 def make_hooks(parts: run.Parts, mesh, loader, workdir: str) -> list[Hook]:
-    """Validation loss and sample grids, as often as the config says."""
+    """Validation loss, FID, CLIP score and sample grids, as often as the config says."""
     config = parts.config
     hooks = []
 
@@ -283,6 +283,9 @@ def make_hooks(parts: run.Parts, mesh, loader, workdir: str) -> list[Hook]:
             return {f"val/{k}": v for k, v in validation(weights(state)).scalars().items()}
 
         hooks.append(Hook("validation", config.evaluation.every, validate))
+
+    if config.evaluation.every and config.evaluation.pictures:
+        hooks.append(make_picture_hook(parts, mesh, held_out, weights))
 
     if config.samples.every:
         prompts = list(config.samples.prompts) or [
@@ -311,6 +314,39 @@ def make_hooks(parts: run.Parts, mesh, loader, workdir: str) -> list[Hook]:
 
         hooks.append(Hook("samples", config.samples.every, sample))
     return hooks
+
+
+def make_picture_hook(
+    parts: run.Parts, mesh: Mesh, held_out: Loader, weights: Callable[[Any], Any]
+) -> Hook:
+    """FID and CLIP score of pictures of the first validation captions."""
+    config = parts.config.evaluation
+    settings = evaluators.PictureSettings(
+        inception=config.inception,
+        clip=config.clip,
+        cache=evaluators.CACHE,
+        batch_size=config.batch_size,
+    )
+    settings.check("--config.evaluation.")
+    measure = evaluators.PictureMetrics(
+        settings,
+        sampler=run.make_sampler(
+            parts,
+            held_out.manifest,
+            mesh,
+            run.sample_settings(parts.config),
+            batch_size=min(64, config.pictures),
+        ),
+        prompts=evaluators.captions(held_out, config.pictures),
+        loader=held_out,
+        mesh=mesh,
+    )
+
+    def evaluate(state, step: int) -> dict[str, float]:
+        del step
+        return evaluators.training_metrics(measure(weights(state)))
+
+    return Hook("pictures", config.every, evaluate)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ MAY_IMPORT = {
     "mmdit_jax.evaluation": {"sharding", "flow", "encoders", "data"},
     "mmdit_jax.finetuning": {"flow", "models", "sharding", "training.state", "training.step"},
     "mmdit_jax.run": ANYTHING,
+    "mmdit_jax.evaluators": ANYTHING,
     "mmdit_jax.programs": ANYTHING,
     "mmdit_jax.trained_run": ANYTHING,
     "mmdit_jax.topologies": {"scaling"},

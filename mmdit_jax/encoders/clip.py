@@ -1,7 +1,8 @@
 """The text tower of CLIP (Radford et al. 2021), as SD3 uses it (SD3 paper, App. B.2).
 
-Reads the folders of transformers' CLIPTextModel and CLIPTextModelWithProjection. Nothing here is
-trained: parameters carry no logical axes (`sharding.frozen_shardings`). Blocks run under one scan.
+Reads the folders of transformers' CLIPTextModel, CLIPTextModelWithProjection and CLIPModel. Nothing
+here is trained: parameters carry no logical axes (`sharding.frozen_shardings`). Blocks run under
+one scan.
 """
 
 import dataclasses
@@ -76,32 +77,35 @@ class CLIPTextConfig:
         """Reads config.json as transformers writes it.
 
         The projection is decided by the class that the config names: CLIPTextModel has none, though
-        its config carries a projection_dim as well.
+        its config carries a projection_dim as well. A whole CLIP has one.
 
         Raises:
             FileNotFoundError: no config.json.
             ValueError: a config of another model, or without a field that is needed.
         """
         config = hf_folder.read_config(folder)
-        if config.get("model_type") != "clip_text_model":
+        kind = config.get("model_type")
+        if kind not in ("clip", "clip_text_model"):
             raise ValueError(
-                f"{folder} holds a {config.get('model_type')!r} model but a CLIP text encoder is "
-                "wanted; give a folder saved by CLIPTextModel or CLIPTextModelWithProjection"
+                f"{folder} holds a {kind!r} model but a CLIP text encoder is wanted; give a folder "
+                "saved by CLIPTextModel, CLIPTextModelWithProjection or CLIPModel"
             )
-        projected = "CLIPTextModelWithProjection" in hf_folder.field(
+        projected = kind == "clip" or "CLIPTextModelWithProjection" in hf_folder.field(
             config, "architectures", folder
         )
+        # The towers of a whole CLIP have the width of the projection in common.
+        tower = hf_folder.field(config, "text_config", folder) if kind == "clip" else config
         return cls(
-            vocab_size=hf_folder.field(config, "vocab_size", folder),
-            width=hf_folder.field(config, "hidden_size", folder),
-            mlp_width=hf_folder.field(config, "intermediate_size", folder),
-            layers=hf_folder.field(config, "num_hidden_layers", folder),
-            heads=hf_folder.field(config, "num_attention_heads", folder),
-            max_length=hf_folder.field(config, "max_position_embeddings", folder),
-            activation=hf_folder.field(config, "hidden_act", folder),
-            eos_token_id=hf_folder.field(config, "eos_token_id", folder),
+            vocab_size=hf_folder.field(tower, "vocab_size", folder),
+            width=hf_folder.field(tower, "hidden_size", folder),
+            mlp_width=hf_folder.field(tower, "intermediate_size", folder),
+            layers=hf_folder.field(tower, "num_hidden_layers", folder),
+            heads=hf_folder.field(tower, "num_attention_heads", folder),
+            max_length=hf_folder.field(tower, "max_position_embeddings", folder),
+            activation=hf_folder.field(tower, "hidden_act", folder),
+            eos_token_id=hf_folder.field(tower, "eos_token_id", folder),
             projection_dim=hf_folder.field(config, "projection_dim", folder) if projected else None,
-            layer_norm_eps=config.get("layer_norm_eps", 1e-5),
+            layer_norm_eps=tower.get("layer_norm_eps", 1e-5),
         )
 
     @property
@@ -233,6 +237,9 @@ def torch_name(path: tuple[str, ...]) -> str:
 
 
 def canonical(name: str) -> str | None:
+    # The other tower of a whole CLIP, and the temperature of its loss.
+    if name.startswith(("vision_model.", "visual_projection.", "logit_scale")):
+        return None
     # Published files say text_model.*; transformers 5 writes CLIPTextModel without that prefix.
     name = name.removeprefix("text_model.")
     # A buffer (0, 1, 2, ...) that old versions of transformers stored with the weights.

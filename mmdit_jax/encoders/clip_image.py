@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from PIL import Image
 
 from mmdit_jax.encoders import folder as hf_folder
 from mmdit_jax.encoders.clip import ACTIVATIONS, BLOCK_NAMES, CLIPBlock
@@ -130,6 +131,20 @@ class CLIPImageEncoder(nn.Module):
         return nn.Dense(
             config.projection_dim, use_bias=False, dtype=self.dtype, name="visual_projection"
         )(norm("post_layernorm")(x_BTD[:, 0]))
+
+
+def prepare(picture_HWC: np.ndarray, side: int) -> np.ndarray:
+    """A picture of any size -> uint8 (side, side, 3), as transformers' CLIPImageProcessor does it.
+
+    The shorter edge becomes `side`, bicubic (Pillow's, which smooths where it shrinks), the longer
+    one by the same factor, rounded down; then the middle is cut out.
+    """
+    picture = Image.fromarray(picture_HWC)
+    short = min(picture.size)
+    width, height = (side if edge == short else int(side * edge / short) for edge in picture.size)
+    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - side) // 2, (height - side) // 2
+    return np.asarray(picture.crop((left, top, left + side, top + side)))
 
 
 # Our module -> its name in the files; the class token is a parameter of the tower itself, ().

@@ -38,7 +38,7 @@ LONGEST_REASON = 300  # characters of what a library says of a file
 
 # Fields of config.json that are no sizes.
 FIELDS = {"architectures": list, "block_out_channels": list, "hidden_act": str}
-FIELDS |= {"vision_config": dict}
+FIELDS |= {"vision_config": dict, "text_config": dict}
 MOST_LAYERS, MOST_FEATURES = 1024, 1 << 24  # more would be an allocation and no network
 
 

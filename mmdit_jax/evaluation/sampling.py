@@ -4,8 +4,9 @@ Used by the sample grids of training, by the sample command and by the evaluator
 call depends on (seed, i, prompt i) alone, whatever the batch size or the mesh.
 """
 
+import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -43,6 +44,21 @@ class SampleSettings(NamedTuple):
     seed: int = 0
 
 
+class Drawn(NamedTuple):
+    """A batch of samples, on the host.
+
+    Attributes:
+        latents: what `Sampler.decode` makes pictures of, on the devices; filled up to a whole
+            batch.
+        path_length: (N,) float64, sum over the steps of |z_i+1 - z_i| (Table 6).
+        displacement: (N,) float64, |z_end - z_start|: the length of a straight path between them.
+    """
+
+    latents: jax.Array
+    path_length: np.ndarray
+    displacement: np.ndarray
+
+
 class Sampler:
     """Samples pictures from parameters and prompts."""
 
@@ -76,14 +92,28 @@ class Sampler:
         """
         ways = sharding.batch_ways(mesh)
         self._batch_size = -(-batch_size // ways) * ways
-        self._encode, self._decode, self._mesh, self.settings = encode, decode, mesh, settings
-        lookup(SOLVERS, settings.solver, what="solver")  # refused now, not at the first picture
-        times = formulation.grid(settings.steps, settings.shift, settings.grid)
+        self._encode, self.decode_latents, self._mesh = encode, decode, mesh
         self._size, channels = latent_shape[:2], latent_shape[2]
+        lookup(SOLVERS, settings.solver, what="solver")  # refused now, not at the first picture
+        self._formulation = formulation
+        self._predict, self._assemble, self._channels = predict, assemble, channels
+        self._use(settings)
+
+    def with_steps(self, steps: int) -> "Sampler":
+        """The same with another number of solver steps; encoders and decoder are shared."""
+        other = copy.copy(self)
+        other._use(self.settings._replace(steps=steps))
+        return other
+
+    def _use(self, settings: SampleSettings) -> None:
+        predict, assemble, formulation = self._predict, self._assemble, self._formulation
+        channels, mesh = self._channels, self._mesh
+        self.settings = settings
+        times = formulation.grid(settings.steps, settings.shift, settings.grid)
 
         def sample(
             params: Any, text: Mapping[str, Any], index_B: jax.Array, size: tuple[int, int]
-        ) -> jax.Array:
+        ) -> tuple[jax.Array, jax.Array, jax.Array]:
             keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(settings.seed), i))(index_B)
             shape = (*size, channels)
             eps = jax.vmap(lambda k: jax.random.normal(k, shape, jnp.float32))(keys)
@@ -98,17 +128,13 @@ class Sampler:
                 scale=settings.cfg,
                 interval=settings.cfg_interval,
             )
-            return solve(
-                velocity_fn,
-                formulation.prior(eps),
-                times,
-                settings.solver,
-                path=formulation.path,
-            ).z
+            start = formulation.prior(eps)
+            end = solve(velocity_fn, start, times, settings.solver, path=formulation.path)
+            displacement = jnp.sqrt(jnp.sum((end.z - start) ** 2, axis=(1, 2, 3)))
+            return end.z, end.path_length, displacement
 
-        self._sample = jax.jit(
-            sample, out_shardings=sharding.batch_sharding(mesh), static_argnums=3
-        )
+        place, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+        self._sample = jax.jit(sample, out_shardings=(place, whole, whole), static_argnums=3)
 
     def lower(self, params: Any, text: Mapping[str, Any]) -> jax.stages.Lowered:
         """The solver on one batch, for shapes of the parameters and of the encoded text."""
@@ -123,18 +149,34 @@ class Sampler:
 
         `size`: height and width of the latent; None is that of `latent_shape`.
         """
-        place = sharding.batch_sharding(self._mesh)
-        pictures = []
+        return np.concatenate([pictures for _, pictures in self.pictures(params, prompts, size)])
+
+    def pictures(
+        self, params: Any, prompts: Sequence[str], size: tuple[int, int] | None = None
+    ) -> Iterator[tuple[Sequence[str], np.ndarray]]:
+        """The same in parts: prompts and their pictures, so that not all of them are held."""
+        for part, drawn in self.drawn(params, prompts, size):
+            yield part, self.decode(drawn)
+
+    def decode(self, drawn: Drawn) -> np.ndarray:
+        """uint8 (N, H, W, 3) of a batch of samples."""
         with jax.set_mesh(self._mesh):
-            for start in range(0, len(prompts), self._batch_size):
-                part = list(prompts[start : start + self._batch_size])
-                real = len(part)
-                part += [part[-1]] * (self._batch_size - real)
-                text = jax.tree.map(lambda x: jax.device_put(x, place), self._encode(part))
-                index = np.arange(start, start + len(part), dtype=np.uint32)
-                decoded = self._decode(self._sample(params, text, index, size or self._size))
-                pictures.append(np.asarray(decoded)[:real])
-        return np.concatenate(pictures)
+            return np.asarray(self.decode_latents(drawn.latents))[: len(drawn.path_length)]
+
+    def drawn(
+        self, params: Any, prompts: Sequence[str], size: tuple[int, int] | None = None
+    ) -> Iterator[tuple[Sequence[str], Drawn]]:
+        """Prompts and their samples, a batch at a time; the last one is filled up."""
+        place = sharding.batch_sharding(self._mesh)
+        for start in range(0, len(prompts), self._batch_size):
+            part = list(prompts[start : start + self._batch_size])
+            filled = part + [part[-1]] * (self._batch_size - len(part))
+            index = np.arange(start, start + len(filled), dtype=np.uint32)
+            with jax.set_mesh(self._mesh):
+                text = jax.tree.map(lambda x: jax.device_put(x, place), self._encode(filled))
+                latents, *lengths = self._sample(params, text, index, size or self._size)
+            lengths = (np.asarray(length, np.float64)[: len(part)] for length in lengths)
+            yield part, Drawn(latents, *lengths)
 
 
 def draw_grid(

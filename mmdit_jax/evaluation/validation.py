@@ -1,8 +1,8 @@
-"""Validation loss on fixed (sample, t, noise) triples, at stratified noise levels.
+"""Validation loss on fixed (sample, t, noise) triples, at the noise levels of a named grid.
 
-Every sample is seen at each of K levels t = (i + 0.5) / K, with noise that belongs to the sample
-and the level, from a key that training never uses. So the number does not depend on the batch size
-or the mesh, and validating does not change training.
+Every sample is seen at each level, with noise that belongs to the sample and the level, from a key
+that training never uses. So the number does not depend on the batch size or the mesh, and
+validating does not change training. Losses on different grids cannot be compared.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +19,49 @@ from mmdit_jax.data.loader import Loader
 from mmdit_jax.flow.formulation import Formulation
 
 VALIDATION_KEY = 0x5A11D  # not the seed of any run: comparable between runs
+STRATA_KEY = VALIDATION_KEY + 1
+
+# Grid -> what it is, of `levels` K.
+LEVELS = {
+    "midpoints": "t = (i + 0.5) / K, i = 0 ... K - 1 (TorchTitan's Flux)",
+    "paper": "t = k / K, k = 1 ... K - 1, without t = 1 (Sec. 5.3)",
+    "mlperf": "t = k / K, k = 0 ... K - 1, with t = 0 (MLPerf's Flux)",
+    "stratified": "t = (i + u) / K, i = 0 ... K - 1, u uniform, of the sample and the level",
+}
+
+
+def level_count(grid: str, levels: int) -> int:
+    """How many noise levels each sample is seen at.
+
+    Raises:
+        ValueError: an unknown grid, or one that has no level.
+    """
+    if grid not in LEVELS:
+        raise ValueError(f"validation grid {grid!r} is unknown; known are {', '.join(LEVELS)}")
+    count = levels - (grid == "paper")
+    if count < 1:
+        raise ValueError(f"grid {grid!r} of {levels} levels leaves out t = 1 and has none; use 2")
+    return count
+
+
+def times(grid: str, levels: int, level: jax.Array, ids_B: jax.Array) -> jax.Array:
+    """t of each sample at a level, float32 (B,)."""
+    if grid == "stratified":
+        key = jax.random.fold_in(jax.random.key(STRATA_KEY), level)
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(ids_B)
+        offset_B = jax.vmap(lambda k: jax.random.uniform(k, (), jnp.float32))(keys)
+    else:
+        offset = {"midpoints": 0.5, "paper": 1.0, "mlperf": 0.0}[grid]
+        offset_B = jnp.full(ids_B.shape, offset, jnp.float32)
+    return (level + offset_B) / levels
+
+
+def first_ids(loader: Loader, samples: int) -> Iterator[np.ndarray]:
+    """Of each bucket its share of `samples` samples (or of all there are), in stored order."""
+    ends = np.cumsum(loader.counts)
+    shares = np.diff(ends * min(samples, ends[-1]) // ends[-1], prepend=0)
+    for bucket, share in enumerate(shares):
+        yield loader.bucket_ids(bucket)[:share]
 
 
 class ValidationLoss(NamedTuple):
@@ -49,6 +92,7 @@ class Validation:
         samples: int,
         levels: int,
         batch_size: int,
+        grid: str = "midpoints",
     ):
         """Prepares and compiles on first use.
 
@@ -61,10 +105,12 @@ class Validation:
             samples: at most; of each bucket its share, the first ones in stored order.
             levels: K noise levels.
             batch_size: samples in one call.
+            grid: of the noise levels, a name in `LEVELS`.
         """
         ways = sharding.batch_ways(mesh)
         self._batch_size = -(-min(batch_size, max(samples, 1)) // ways) * ways
-        self._loader, self._mesh, self._samples, self._levels = loader, mesh, samples, levels
+        self._loader, self._mesh, self._samples = loader, mesh, samples
+        self._levels = level_count(grid, levels)
         autoencoder = loader.manifest.autoencoder
 
         def losses(params: Any, batch: Mapping[str, Any], ids_B: jax.Array, level: jax.Array):
@@ -72,7 +118,7 @@ class Validation:
             key = jax.random.fold_in(jax.random.key(VALIDATION_KEY), level)
             keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(ids_B)
             eps = jax.vmap(lambda k: jax.random.normal(k, x0.shape[1:], jnp.float32))(keys)
-            t_B = jnp.full(x0.shape[:1], (level + 0.5) / levels, jnp.float32)
+            t_B = times(grid, levels, level, ids_B)
             z = formulation.noisy(x0, eps, t_B)
             output = predict(params, z, t_B, assemble(batch["text"], None))
             return formulation.loss(output, x0, eps, z, t_B)
@@ -82,10 +128,7 @@ class Validation:
     def _batches(self) -> Iterator[tuple[Any, np.ndarray, int]]:
         """(global batch, ids, number of real rows); the last batch of a bucket is filled up."""
         place = sharding.batch_sharding(self._mesh)
-        ends = np.cumsum(self._loader.counts)
-        shares = np.diff(ends * min(self._samples, ends[-1]) // ends[-1], prepend=0)
-        for bucket, share in enumerate(shares):
-            ids = self._loader.bucket_ids(bucket)[:share]
+        for ids in first_ids(self._loader, self._samples):
             for start in range(0, len(ids), self._batch_size):
                 part = ids[start : start + self._batch_size]
                 real = len(part)

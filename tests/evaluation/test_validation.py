@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mmdit_jax import sharding
+from mmdit_jax.evaluation import validation as validation_lib
 from mmdit_jax.evaluation.validation import Validation
 from mmdit_jax.flow import formulation as formulation_lib
 
@@ -105,3 +106,56 @@ def test_levels_are_the_midpoints_of_equal_strata():
         # output = c t z, z = (1-t) x0 + t eps, target eps - x0; unit variances
         expected = (c * t * (1 - t) + 1) ** 2 + (c * t * t - 1) ** 2
         assert found == pytest.approx(expected, rel=0.12)
+
+
+def times_of(grid, levels=8):
+    seen = []
+
+    def spy(params, z, t, condition):
+        del params, condition
+        jax.debug.callback(lambda t: seen.append(np.asarray(t)), t, ordered=True)
+        return z
+
+    found = Validation(
+        predict=spy,
+        assemble=lambda text, keep: (text["t5"]["sequence"],),
+        formulation=formulation_lib.make(),
+        loader=FakeLoader(),
+        mesh=sharding.make_mesh(devices=jax.devices()[:1]),
+        samples=20,
+        levels=levels,
+        batch_size=15,
+        grid=grid,
+    )(jnp.float32(0))
+    jax.effects_barrier()
+    return found, seen
+
+
+@pytest.mark.parametrize(
+    ("grid", "expected"),
+    [
+        ("midpoints", [0.0625, 0.1875, 0.3125, 0.4375, 0.5625, 0.6875, 0.8125, 0.9375]),
+        ("paper", [0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875]),
+        ("mlperf", [0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875]),
+    ],
+)
+def test_named_grids_of_t(grid, expected):
+    found, seen = times_of(grid)
+    assert len(found.per_level) == len(expected)
+    np.testing.assert_array_equal([t[0] for t in seen[: len(expected)]], np.float32(expected))
+    assert all(np.ptp(t) == 0 for t in seen)
+
+
+def test_stratified_levels_fill_their_strata_and_belong_to_the_sample():
+    _, seen = times_of("stratified", levels=4)
+    for level in range(4):
+        assert np.all((seen[level] >= level / 4) & (seen[level] < (level + 1) / 4))
+        assert np.unique(seen[level]).size == 14  # and one that fills the batch up
+    _, again = times_of("stratified", levels=4)
+    np.testing.assert_array_equal(np.concatenate(seen), np.concatenate(again))
+
+
+@pytest.mark.parametrize(("grid", "levels"), [("thirds", 8), ("paper", 1)])
+def test_a_grid_that_is_none_is_refused(grid, levels):
+    with pytest.raises(ValueError, match=grid):
+        validation_lib.level_count(grid, levels)
