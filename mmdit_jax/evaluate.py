@@ -313,7 +313,7 @@ def main(argv: list[str]) -> int:
     """Evaluates every run, writes."""
     del argv
     check_flags()
-    results = {workdir: evaluate_run(workdir) for workdir in _WORKDIR.value}
+    results = {workdir: evaluate_run(workdir) for workdir in _WORKDIR.value or ()}
     output = Path(_OUTPUT.value).absolute()
     output.parent.mkdir(parents=True, exist_ok=True)
     whole = {"runs": results} if len(results) > 1 else next(iter(results.values()))
