@@ -38,7 +38,7 @@ MAY_IMPORT = {
         "data",
     }
     | {"scaling.chips", "scaling.flops"},
-    "mmdit_jax.evaluation": {"sharding", "flow", "encoders", "data"},
+    "mmdit_jax.evaluation": {"sharding", "strict_json", "flow", "encoders", "data"},
     "mmdit_jax.finetuning": {"flow", "models", "sharding", "training.state", "training.step"},
     "mmdit_jax.run": ANYTHING,
     "mmdit_jax.evaluators": ANYTHING,
