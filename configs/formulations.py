@@ -2,6 +2,8 @@
 
     python -m mmdit_jax.train --config="configs/formulations.py:variant=rf/lognorm(0.00, 1.00)" \\
         --workdir=runs/lognorm --config.data.path=data/mine
+    python -m mmdit_jax.sweep --config=configs/formulations.py --workdir=runs/study \\
+        --config.data.path=data/mine
 
 | family         | variants | name                                                           |
 |----------------|----------|----------------------------------------------------------------|
@@ -66,6 +68,7 @@ def _variants() -> dict[str, dict[str, str]]:
 
 
 VARIANTS = _variants()
+SWEEPS = {"all": (f"variant={','.join(VARIANTS)}",)}  # of mmdit_jax.sweep
 
 
 def get_config(argument: str = ""):

@@ -8,6 +8,9 @@
 #   depth=15 --config.optimizer.learning_rate=3e-4
 #   depth=18
 #
+# and is split as a shell would: 'variant=rf/lognorm(0.00, 1.00)' is one word. `python -m
+# mmdit_jax.sweep --launch` prints such a file, and collects the results when all have run.
+#
 # Its workdir is WORKDIR/NAME, where NAME is made of the line. FLAGS are added to every job. LAUNCH is
 # what runs a job: launch/local.sh; "sbatch launch/slurm.sbatch" and launch/gke.sh (with NAME=%s in the
 # environment, which becomes that of the line) return at once, so that the jobs run side by side.
@@ -27,8 +30,10 @@ source "$here/contract.sh"
 read -r -a launch <<<"${LAUNCH:-$here/local.sh}"
 
 code=0 known=" "
-while read -r -u 3 -a words || [ ${#words[@]} -gt 0 ]; do
-    [[ ${#words[@]} -gt 0 && ${words[0]} != \#* ]] || continue
+while read -r -u 3 line || [ -n "$line" ]; do
+    [[ -n $line && $line != \#* ]] || continue
+    split=$(xargs -n1 printf '%s\n' <<<"$line") || refuse "a quote is open in the line: $line"
+    mapfile -t words <<<"$split"
     config=$CONFIG own=()
     for word in "${words[@]}"; do
         if [[ $word == -* ]]; then

@@ -38,10 +38,13 @@ _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _OURS = tuple(os.path.join(_ROOT, d) + os.sep for d in ("mmdit_jax", "data_pipelines", "configs"))
 
 
-def run(main: Callable[[list[str]], int | None], *, positional: int = 0) -> None:
+def run(
+    main: Callable[[list[str]], int | None], *, positional: int = 0, passed_on: str = ""
+) -> None:
     """Parses flags, runs `main(argv)` and leaves the process with the right exit code.
 
-    `positional` words that are no flags are passed on to `main`, any more are refused.
+    `positional` words that are no flags are passed on to `main`, any more are refused. Words that
+    begin with `passed_on`, if that is given, are flags of another command and passed on too.
 
     A `ValueError` or an `OSError` about a path that our own code raises is the user's mistake and
     ends with one line. The same types raised inside a library are our mistake and keep their
@@ -51,9 +54,12 @@ def run(main: Callable[[list[str]], int | None], *, positional: int = 0) -> None
     if any(word.lstrip("-") in ("h", "help", "helpfull") for word in sys.argv[1:]):
         print(sys.modules["__main__"].__doc__, flags.FLAGS.main_module_help(), sep="\n")
         sys.exit(EXIT_OK)
+    others = [word for word in sys.argv[1:] if passed_on and word.startswith(passed_on)]
+    own = [word for word in sys.argv if word not in others]
     try:
-        _check_config(sys.argv[1:])
-        argv = flags.FLAGS(sys.argv)
+        if "config" in flags.FLAGS:
+            check_config(own[1:])
+        argv = flags.FLAGS(own)
     except flags.Error as error:
         _leave(EXIT_USER, f"error: {_one_line(error)}  (--help lists every flag)")
     except (ValueError, TypeError, OSError) as error:
@@ -63,7 +69,7 @@ def run(main: Callable[[list[str]], int | None], *, positional: int = 0) -> None
         _leave(EXIT_USER, f"error: {word!r} is not a flag; flags are written --name=value")
     _keep_compiled_programs()
     try:
-        code = main(argv) or EXIT_OK
+        code = main([*argv, *others]) or EXIT_OK
     except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
         if not _raised_by_us(error):
             traceback.print_exc()
@@ -120,17 +126,20 @@ def _keep_compiled_programs() -> None:
         jax.config.update("jax_compilation_cache_dir", folder)
 
 
-def _check_config(words: list[str]) -> None:
+def check_config(words: list[str]) -> None:
     """Loads the config file and checks the names of its overrides, before ml_collections does.
 
     Its own errors are long, come late, and do not list the known keys.
+
+    Raises:
+        ValueError: no such file, or an unknown key; whatever the file raises about its arguments.
     """
     values = {}
     for i, word in enumerate(words):
         name, has_value, value = word.lstrip("-").partition("=")
         if word.startswith("-") and name.split(".")[0] == "config":
             values[name] = value if has_value else "".join(words[i + 1 : i + 2])
-    if "config" not in flags.FLAGS or "config" not in values:
+    if "config" not in values:
         return
     path, _, argument = values.pop("config").partition(":")
     if not os.path.isfile(path):

@@ -44,3 +44,25 @@ def read_object(path: str | os.PathLike, remedy: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} is a JSON {type(content).__name__}, not an object; {remedy}")
     return content
+
+
+def read_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The JSON objects of a file with one a line; [] where there is no file.
+
+    Lines that are none are left out: a process that was killed, or a full disk, cuts the last one.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    if not os.path.exists(path):
+        return []
+    rows = []
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                row = parse(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict):
+                rows.append(row)
+    return rows

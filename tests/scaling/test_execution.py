@@ -1,0 +1,116 @@
+"""A sweep's order of work, on commands that leave what the real ones leave."""
+
+import json
+import os
+
+import pytest
+
+from mmdit_jax.scaling import execution, plan, results
+
+
+class Pretended:
+    """Writes what training and evaluation write, and counts the calls."""
+
+    def __init__(self, ends: dict[str, int] | None = None):
+        self.stopping, self.calls, self.ends = False, [], ends or {}
+
+    def run(self, module: str, *arguments: str) -> int:
+        flags = dict(word.lstrip("-").split("=", 1) for word in arguments)
+        folder, command = flags["workdir"], module.split(".")[1]
+        self.calls.append((command, os.path.basename(folder)))
+        code = self.ends.get(f"{command} {os.path.basename(folder)}", 0)
+        if code == 75:
+            self.stopping = True
+        if code:
+            return code
+        if command == "train":
+            os.makedirs(folder, exist_ok=True)
+            with open(os.path.join(folder, "metrics.jsonl"), "w") as file:
+                file.write('{"step": 10, "samples": 41}\n{"step": 1')
+        else:
+            os.makedirs(os.path.dirname(flags["output"]), exist_ok=True)
+            with open(flags["output"], "w") as file:
+                json.dump({flags["evaluators"]: {"loss": 0.5}, "settings": {"step": 10}}, file)
+        return 0
+
+
+RUNS = [
+    plan.Run(words, plan.name_of(words), 1000, 10, 4, 100)
+    for words in (("depth=1",), ("depth=2", "--config.seed=3"), ("depth=3",))
+]
+LOSS = ("--evaluators=val_loss",)
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    return execution.Sweep("c.py:tiny", ("--config.data.path=d",), str(tmp_path), (LOSS,))
+
+
+def test_every_run_is_trained_and_evaluated_once(sweep):
+    first = Pretended()
+    assert execution.run(RUNS, sweep, first) == 0
+    names = [run.name for run in RUNS]
+    assert first.calls == [(c, name) for name in names for c in ("train", "evaluate")]
+    rows = results.read(sweep.workdir)
+    assert [row["name"] for row in rows] == names
+    assert rows[1]["overrides"] == {"depth": "2", "config.seed": "3", "config.data.path": "d"}
+    assert rows[1]["samples"] == 41 and rows[1]["flops"] == 1000
+    assert rows[1]["metrics"] == {"val_loss": {"loss": 0.5}}
+    again = Pretended()
+    assert execution.run(RUNS, sweep, again) == 0
+    assert again.calls == []
+
+
+def test_another_evaluation_is_added_and_the_first_is_not_made_again(sweep):
+    execution.run(RUNS, sweep, Pretended())
+    more = sweep._replace(evaluations=(LOSS, ("--evaluators=fid", "--steps=5")))
+    again = Pretended()
+    assert execution.run(RUNS, more, again) == 0
+    assert [c for c, _ in again.calls] == ["train", "evaluate"] * 3  # it is at its last step
+    row = results.read(sweep.workdir)[0]
+    assert row["metrics"].keys() == {"val_loss", "fid"}
+    assert list(row["evaluations"]) == ["--evaluators=val_loss", "--evaluators=fid --steps=5"]
+
+
+def test_a_failure_costs_one_run_and_everything_else_ends_the_sweep(sweep):
+    failing = Pretended({"train depth-1": 1})
+    assert execution.run(RUNS, sweep, failing) == 1
+    assert len(failing.calls) == 5 and len(results.read(sweep.workdir)) == 2
+    for code in (2, 75, 137):
+        ending = Pretended({"train depth-1": code})
+        assert execution.run(RUNS, sweep, ending) == code
+        assert ending.calls == [("train", "depth-1")]
+    mended = Pretended()
+    assert execution.run(RUNS, sweep, mended) == 0
+    assert mended.calls == [("train", "depth-1"), ("evaluate", "depth-1")]
+    assert [row["name"] for row in results.read(sweep.workdir)] == [run.name for run in RUNS]
+
+
+def test_an_evaluation_that_was_cut_off_counts_for_nothing(sweep):
+    cut = Pretended({"evaluate depth-1": 137})
+    assert execution.run(RUNS, sweep, cut) == 137
+    folder = os.path.join(sweep.workdir, "depth-1", "evaluations")
+    os.makedirs(folder)
+    with open(os.path.join(folder, "evaluators-val_loss.json.partial"), "w") as file:
+        file.write('{"val_')
+    assert execution.run(RUNS, sweep, Pretended()) == 0
+    assert results.read(sweep.workdir)[0]["metrics"] == {"val_loss": {"loss": 0.5}}
+
+
+def test_another_plan_in_the_same_folder_is_refused(sweep):
+    execution.run(RUNS, sweep, Pretended())
+    untouched = Pretended()
+    with pytest.raises(ValueError, match="run depth-3 is gone"):
+        execution.run(RUNS[:2], sweep, untouched)
+    with pytest.raises(ValueError, match="flags is .*e.*, was .*d"):
+        execution.run(RUNS, sweep._replace(flags=("--config.data.path=e",)), untouched)
+    assert untouched.calls == []
+
+
+def test_a_child_that_is_killed_ends_as_in_a_shell(monkeypatch):
+    monkeypatch.setattr(execution.signal, "signal", lambda *_: None)  # of this process
+    monkeypatch.setattr(execution.sys, "executable", "/bin/sh")
+    monkeypatch.setattr(execution, "_PYTHON", ("-c",))
+    children = execution.Children()
+    assert children.run("exit 75") == 75
+    assert children.run("kill -9 $$") == 137

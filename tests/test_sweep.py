@@ -1,0 +1,119 @@
+"""The sweep command: killed half-way it goes on and runs nothing twice; mistakes; the dry run."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+
+from mmdit_jax.training import goodput
+from tests.commands.running import TRAIN
+
+SHARED = [word for word in TRAIN[1:] if not word.startswith("--config.steps")]
+
+
+def sweep(data, workdir, *more: str) -> list[str]:
+    return [
+        TRAIN[0].replace("depth=1,", ""),
+        "--each=depth=1",
+        "--each=config.steps=4,40",
+        f"--workdir={workdir}",
+        f"--config.data.path={data}",
+        "--config.evaluation.samples=8",
+        *SHARED,
+        *more,
+    ]
+
+
+def starts(workdir) -> dict[str, int]:
+    return {
+        path.parent.name: goodput.summarize(goodput.read(str(path.parent)))["starts"]
+        for path in sorted(workdir.glob("*/goodput.jsonl"))
+    }
+
+
+@pytest.mark.long
+def test_a_sweep_that_was_killed_goes_on_and_runs_nothing_twice(commands, data, tmp_path):
+    workdir = tmp_path / "sweep"
+    words = sweep(data, workdir)
+    second = workdir / "depth-1_steps-40"
+    process = commands.start("mmdit_jax.sweep", *words)
+    deadline = time.monotonic() + 240
+    while not (second / "checkpoints" / "4").exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()  # ends when the training that it had started has ended too
+    lines = (workdir / "results.jsonl").read_text().splitlines()
+    assert [json.loads(line)["name"] for line in lines] == ["depth-1_steps-4"]
+    assert not (second / "checkpoints" / "40").exists()
+
+    output = commands.run("mmdit_jax.sweep", *words)
+    assert "depth-1_steps-4: done before" in output
+    rows = [json.loads(line) for line in (workdir / "results.jsonl").read_text().splitlines()]
+    assert lines[0] == json.dumps(rows[0])
+    assert [row["steps"] for row in rows] == [4, 40]
+    assert [row["samples"] for row in rows] == [32, 320]
+    assert all(row["metrics"]["val_loss"]["loss"] > 0 for row in rows)
+    assert starts(workdir) == {"depth-1_steps-4": 1, "depth-1_steps-40": 2}
+
+    commands.run("mmdit_jax.sweep", *words)
+    assert starts(workdir) == {"depth-1_steps-4": 1, "depth-1_steps-40": 2}
+    cases = {"plan": sweep(data, workdir, "--config.seed=5")}
+    commands.refuses("mmdit_jax.sweep", cases, {"plan": "--config.seed=5|was"})
+
+
+@pytest.mark.long
+def test_sigterm_saves_the_run_and_ends_the_sweep_with_75(commands, data, tmp_path):
+    words = sweep(data, tmp_path, "--config.checkpoint.every=1000")
+    process = commands.start("mmdit_jax.sweep", *words)
+    log = tmp_path / "depth-1_steps-40" / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while not (log.exists() and log.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.05)
+    process.terminate()
+    output = process.communicate()[0]
+    assert process.returncode == 75, output
+    saved = os.listdir(tmp_path / "depth-1_steps-40" / "checkpoints")
+    assert saved and "40" not in saved
+
+
+def test_mistakes_are_named_and_nothing_is_written(commands, tmp_path):
+    config, workdir = "--config=configs/shapes.py", f"--workdir={tmp_path}/w"
+    depth = "--each=depth=1"
+    cases = {
+        "no plan": [config, workdir],
+        "unknown plan": ["--config=configs/scaling.py", "--plan=none", workdir],
+        "unknown argument": [config, workdir, "--each=width=3"],
+        "unknown key": [config, workdir, depth, "--config.seeds=1"],
+        "impossible": [config, workdir, "--each=depth=1,0"],
+        "type": [config, workdir, depth, "--config.seed=x"],
+        "twice": [config, workdir, depth, "--each=config.seed=1", "--config.seed=2"],
+        "no workdir": [config, depth],
+        "no value": [config, workdir, depth, "--config.seed", "2"],
+        "no chip": [config, depth, "--dry_run", "--chip=v9"],
+    }
+    expected = {
+        "no plan": "configs/shapes.py has no SWEEPS|--each",
+        "unknown plan": "--plan=none|fixed_data",
+        "unknown argument": "'width'|depth",
+        "unknown key": "'seeds'|seed",
+        "impossible": "model.depth=0",
+        "type": "config.seed",
+        "twice": "--config.seed=2|leave one out",
+        "no workdir": "--workdir is missing",
+        "no value": "'2' is not a flag",
+        "no chip": "--chip=v9|H200",
+    }
+    commands.refuses("mmdit_jax.sweep", cases, expected)
+    assert not list(tmp_path.iterdir())
+    output = commands.run(
+        "mmdit_jax.sweep",
+        "--config=configs/scaling.py:shapes",
+        "--each=flops=1e12,2e12",
+        "--each=depth=1,2",
+        "--dry_run",
+    )
+    assert "steps-1085_depth-1" in output and "4 runs, 6e+12 FLOP" in output.replace("6.0", "6")
