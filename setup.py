@@ -9,6 +9,7 @@ setup(
     long_description=open("README.md", encoding="utf-8").read(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    package_data={"mmdit_jax.evaluation": ["*.html"]},
     python_requires=">=3.11",
     packages=find_packages(include=["mmdit_jax*", "data_pipelines*", "configs*"]),
     install_requires=[
@@ -37,6 +38,7 @@ setup(
         "test": [
             "basedpyright",
             "hypothesis",
+            "matplotlib",
             "pytest",
             "pytest-xdist",
             "ruff",

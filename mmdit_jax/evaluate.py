@@ -11,6 +11,11 @@
     clip_score   100 x cosine between samples and their captions, by --clip
     geneval      the prompts of --geneval_prompts, judged by --detector and, for colours, --clip
     path_length  length of the sampling paths; with --clip what few steps cost (Table 6)
+    human        by itself, without a run: writes a page that asks people which pictures of --samples
+                 they prefer, or counts the --votes that they downloaded from it
+
+    python -m mmdit_jax.evaluate --evaluators=human --samples=out/a,out/b --output=study.html
+    python -m mmdit_jax.evaluate --evaluators=human --votes=one.json,two.json --output=human.json
 
 fid and clip_score share their samples. With several workdirs the object is {"runs": {workdir: as
 above}}, and path_length makes Table 6 of them. docs/evaluation.md says what each file is.
@@ -33,7 +38,7 @@ from mmdit_jax.data import shapes as shapes_data
 from mmdit_jax.data.loader import Loader
 from mmdit_jax.encoders.inception import RESIZES
 from mmdit_jax.evaluation import clip_score as clip_score_lib
-from mmdit_jax.evaluation import detection, features
+from mmdit_jax.evaluation import detection, features, preference
 from mmdit_jax.evaluation import geneval as geneval_lib
 from mmdit_jax.evaluation import path_length as path_length_lib
 from mmdit_jax.evaluation import shapes as shapes_lib
@@ -60,10 +65,11 @@ _ENCODERS = flags.DEFINE_string(
 _AUTOENCODER = flags.DEFINE_string(
     "autoencoder", "", "Folder of the VAE, when it is not where the data says."
 )
-
+_SAMPLES = flags.DEFINE_list("samples", [], "For human: folders of mmdit_jax.sample to compare.")
+_VOTES = flags.DEFINE_list("votes", [], "For human: files that its page downloaded.")
 _GRID = flags.DEFINE_enum("grid", None, list(LEVELS), "Noise levels of val_loss.")
 _LEVELS = flags.DEFINE_integer("levels", None, "How many noise levels val_loss has.", lower_bound=1)
-_SAMPLES = flags.DEFINE_integer(
+_CAPTIONS = flags.DEFINE_integer(
     "pictures", 1000, "Captions of the validation split that are sampled, at most.", lower_bound=2
 )
 _INCEPTION = flags.DEFINE_string("inception", "", "File of FID's InceptionV3 (safetensors).")
@@ -128,7 +134,7 @@ class Job:
         measure = evaluators.PictureMetrics(
             picture_settings(),
             sampler=self.sampler,
-            prompts=evaluators.captions(self.loader, _SAMPLES.value),
+            prompts=evaluators.captions(self.loader, _CAPTIONS.value),
             loader=self.loader,
             mesh=self.trained.mesh,
             wanted=[name for name in ("fid", "clip_score") if name in _EVALUATORS.value],
@@ -238,7 +244,7 @@ def path_length(job: Job) -> tuple[Metrics, Settings]:
         clip = features.clip_features(_CLIP.value.partition(",")[0], mesh=trained.mesh)
         text = clip_score_lib.text_tower(_CLIP.value)
         make_score = functools.partial(clip_score_lib.ClipScore, clip, text)
-    prompts = evaluators.captions(job.loader, _SAMPLES.value)
+    prompts = evaluators.captions(job.loader, _CAPTIONS.value)
     steps = path_length_lib.STEPS
     metrics = path_length_lib.path_length(
         lambda count: job.sampler.with_steps(count), trained.params, prompts, make_score, steps
@@ -312,6 +318,9 @@ def evaluate_run(workdir: str) -> dict[str, Any]:
 def main(argv: list[str]) -> int:
     """Evaluates every run, writes."""
     del argv
+    if "human" in _EVALUATORS.value:
+        print(preference.evaluate(_EVALUATORS.value, _SAMPLES.value, _VOTES.value, _OUTPUT.value))
+        return command.EXIT_OK
     check_flags()
     results = {workdir: evaluate_run(workdir) for workdir in _WORKDIR.value or ()}
     output = Path(_OUTPUT.value).absolute()

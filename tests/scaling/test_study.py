@@ -1,0 +1,123 @@
+"""Results of made-up sweeps with known laws: fits, the held-out run, correlations, figures."""
+
+import xml.etree.ElementTree as xml
+
+import numpy as np
+import pytest
+
+from mmdit_jax.scaling import plot, study
+
+
+def row(name, parameters, samples, flops, **metrics):
+    return {
+        "name": name,
+        "parameters": parameters,
+        "samples": samples,
+        "flops": flops,
+        "metrics": {"val_loss": {"loss": metrics.pop("loss")}, "geneval": metrics},
+    }
+
+
+def fixed_data(depths=(1, 2, 3, 4, 6, 8)):
+    """All on the same samples; L(C) = 0.3 + 5 C^-0.2 but for noise of a thousandth."""
+    noise = np.random.default_rng(0).normal(size=20)
+    rows = []
+    for k, depth in enumerate(depths):
+        flops = 1e10 * depth**3
+        loss = (0.3 + 5 * flops**-0.2) * np.exp(1e-4 * noise[k])
+        rows.append(row(f"d{depth}", 1e5 * depth**3, 1e6, flops, loss=loss, overall=1 - loss))
+    return rows
+
+
+def isoflop():
+    """L(N, D) = 0.3 + 20 N^-0.4 + 50 D^-0.4 with C = 6 N D."""
+    return [
+        row(
+            f"{budget:.0e}_{size:.0e}",
+            size,
+            budget / 6 / size,
+            budget * 1.01 ** (k % 2),
+            loss=0.3 + 20 * size**-0.4 + 50 * (budget / 6 / size) ** -0.4,
+            overall=0.5,
+        )
+        for budget in (1e13, 1e14, 1e15, 1e16)
+        for k, size in enumerate(budget**0.5 * np.array([0.1, 0.2, 0.4, 0.8, 1.6]) / 6**0.5)
+    ]
+
+
+def test_a_run_is_foretold_by_the_others_and_metrics_correlate():
+    found = study.examine(fixed_data(), bootstraps=100)
+    held = found.summary["held_out"]
+    assert held["run"] == "d8" and held["law"] == "L(C) of the other 5 runs"
+    assert held["error"] == pytest.approx(0, abs=2e-3) and held["inside"]
+    exponent = found.summary["L(C)"]["exponent of C"]
+    assert exponent["low"] < 0.2 < exponent["high"]
+    assert "D is the same" in found.summary["L(N, D)"]["left_out"]
+    assert "isoflop" not in found.summary
+    correlation = found.summary["correlations"]["geneval/overall"]
+    assert correlation == {"runs": 6, "pearson": pytest.approx(-1), "rank": pytest.approx(-1)}
+    chosen = study.examine(fixed_data(), held_out="d3", bootstraps=100).summary["held_out"]
+    assert chosen["run"] == "d3"
+    with pytest.raises(ValueError, match="--held_out=d9 .*d1, d2"):
+        study.examine(fixed_data(), held_out="d9")
+    assert "held_out" in study.describe(found.summary)
+
+
+def test_minima_of_budgets_give_the_best_size():
+    found = study.examine(isoflop(), bootstraps=20)
+    assert len(found.budgets) == 4
+    minima = found.summary["isoflop"]["minima"]
+    assert all(minimum["inside"] and len(minimum["runs"]) == 5 for minimum in minima)
+    # dL/dN = 0 at N^a / D^b = 20/50: the best size grows as the root of the compute.
+    assert found.summary["isoflop"]["best_size"]["exponent"]["value"] == pytest.approx(
+        0.5, abs=0.03
+    )
+    assert found.summary["L(C)"]["fitted_to"] == "minima of the budgets"
+    assert found.summary["L(N, D)"]["exponent of N"]["value"] == pytest.approx(0.4, abs=0.02)
+    assert found.summary["held_out"]["law"].startswith("L(N, D)")
+    assert "geneval/overall" not in found.summary["correlations"]  # does not vary
+
+
+def test_too_few_runs_are_said_to_be_too_few():
+    found = study.examine(fixed_data((1, 2)))
+    assert found.law is None and "4 or more" in found.summary["L(C)"]["left_out"]
+    assert "left_out" in found.summary["held_out"] and not found.held_out
+    empty = study.examine([])
+    assert empty.points == () and study.describe(empty.summary)
+
+
+def test_figures_hold_what_was_given_and_are_the_same_each_time(tmp_path):
+    pytest.importorskip("matplotlib", reason="pip install matplotlib")
+    fixed, budgets = (
+        study.examine(fixed_data(), bootstraps=50),
+        study.examine(isoflop(), bootstraps=9),
+    )
+    losses = [point.loss for point in fixed.points]
+    names = ["a<b", "c&d", *(f"r{k}" for k in range(18))]
+    many = [plot.Curve(name, range(3000), np.arange(3000.0)) for name in names]
+    drawn = {
+        "compute": (plot.loss_over_compute(fixed), ["d8, predicted by the others", "runs"]),
+        "minima": (plot.loss_over_compute(budgets), ["minima of the budgets"]),
+        "isoflop": (plot.isoflop(budgets), ["1e+13 FLOP", "parameters"]),
+        "metric": (
+            plot.metric_over_loss(list("abcdef"), losses, losses[::-1], "loss", "fid"),
+            ["r = -0.", "fid over the loss"],
+        ),
+        "pareto": (
+            plot.pareto({"x<y": (1, 2), "z": (0, 3)}, {"x<y": 1, "z": 4}, "clip", "fid"),
+            ["x<y", "clip over fid"],
+        ),
+        "curves": (plot.curves(many, "step", "loss", logx=True), ["a<b", "c&d", "r9", "step"]),
+    }
+    for name, (figure, texts) in drawn.items():
+        text = plot.svg(figure)
+        found = " ".join("".join(each.itertext()) for each in xml.fromstring(text).iter())
+        for expected in texts:
+            assert expected in found, (name, expected)
+    assert plot.svg(plot.isoflop(budgets)) == plot.svg(plot.isoflop(budgets))
+    assert len(plot.svg(drawn["curves"][0])) < 1_000_000  # curves are thinned out
+    assert "r17" not in plot.svg(drawn["curves"][0])  # more than there are colours
+    for kind, magic in (("png", b"\x89PNG"), ("svg", b"<?xml")):
+        path = tmp_path / "f" / f"a.{kind}"
+        plot.save(drawn["metric"][0], str(path))
+        assert path.read_bytes().startswith(magic)
