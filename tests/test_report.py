@@ -118,6 +118,7 @@ def test_a_report_of_runs_and_of_a_sweep_needs_nothing_else(commands, trained, t
     assert len(re.findall("<svg", (sweep / "report.html").read_text())) > 8
 
 
+@pytest.mark.long
 def test_mistakes_are_named(commands, tmp_path):
     cases = {
         "nothing": [],

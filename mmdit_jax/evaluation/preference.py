@@ -263,12 +263,15 @@ def has_ratings(wins_KK: np.ndarray) -> np.ndarray:
     return reach.all(axis=(-2, -1))
 
 
-def score(votes: Iterable[Vote], *, seed: int = 0) -> tuple[dict[str, float], dict[str, Any]]:
+def score(
+    votes: Iterable[Vote], *, seed: int = 0, bootstraps: int = BOOTSTRAPS
+) -> tuple[dict[str, float], dict[str, Any]]:
     """Win rates and ratings of every question.
 
     Args:
         votes: see `read_votes`.
         seed: of the bootstrap.
+        bootstraps: resamples of the prompts.
 
     Returns:
         Metrics `QUESTION/win_rate/A/B` (the share of A against B) with `_low` and `_high`,
@@ -303,7 +306,7 @@ def score(votes: Iterable[Vote], *, seed: int = 0) -> tuple[dict[str, float], di
         for name, rating in zip(systems, bradley_terry(wins_KK), strict=True):
             metrics[f"{question}/elo/{name}"] = float(rating)
         draws = np.random.default_rng(seed).multinomial(
-            len(prompts), np.full(len(prompts), 1 / len(prompts)), BOOTSTRAPS
+            len(prompts), np.full(len(prompts), 1 / len(prompts)), bootstraps
         )
         drawn = np.tensordot(draws.astype(float), wins_PKK, 1)
         unbounded = 1 - has_ratings(drawn).mean()
@@ -324,7 +327,7 @@ def score(votes: Iterable[Vote], *, seed: int = 0) -> tuple[dict[str, float], di
         "ties": sum(vote.winner == "tie" for vote in votes),
         "win_rate": f"ties as half a win; Wilson intervals of {LEVEL:.0%}, votes independent",
         "elo": "Bradley-Terry by maximum likelihood, ties as half a win, mean 1000; intervals of "
-        f"{LEVEL:.0%} from {BOOTSTRAPS} bootstraps over prompts",
+        f"{LEVEL:.0%} from {bootstraps} bootstraps over prompts",
         "seed": seed,
         "left_out": left_out,
     }

@@ -178,7 +178,7 @@ def test_intervals_hold_the_true_rate_and_rating_as_often_as_they_say():
                 chance = 1 / (1 + 10 ** ((truth[b] - truth[a]) / 400))
                 winner = a if random.random() < chance else b
                 votes.append(Vote("v", prompt, "typography", a, b, winner))
-        found, _ = preference.score(votes)
+        found, _ = preference.score(votes, bootstraps=200)
         low, high = (found[f"typography/elo_{side}/a"] for side in ("low", "high"))
         ratings += low <= truth["a"] <= high
         low, high = (found[f"typography/win_rate_{side}/a/b"] for side in ("low", "high"))
