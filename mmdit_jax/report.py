@@ -41,6 +41,12 @@ _RANK = flags.DEFINE_list(
 _FEW_RUNS = 8  # of more, only the last grid of each is shown
 
 
+def curve_of(name: str, log: Sequence[Mapping[str, Any]], key: str) -> Curve:
+    """One scalar of a training log over the steps."""
+    rows = [row for row in log if isinstance(row.get(key), (int, float))]
+    return Curve(name, [row["step"] for row in rows], [row[key] for row in rows])
+
+
 class Run(NamedTuple):
     """What the workdir of a run holds."""
 
@@ -52,8 +58,7 @@ class Run(NamedTuple):
 
     def curve(self, key: str) -> Curve:
         """One scalar over the steps."""
-        rows = [row for row in self.log if isinstance(row.get(key), (int, float))]
-        return Curve(self.name, [row["step"] for row in rows], [row[key] for row in rows])
+        return curve_of(self.name, self.log, key)
 
     def newest(self, key: str) -> float | None:
         """The last value of a scalar."""
@@ -259,10 +264,11 @@ def sweep_results(workdir: str, rows: Sequence[Mapping[str, Any]]) -> str:
     drawn: dict[str, plot.Figure] = {}
     if found.points:
         drawn["loss_over_compute"] = plot.loss_over_compute(found)
+    logs = [results.training_log(os.path.join(workdir, row["name"])) for row in rows]
     over_flops = [
-        Curve(row["name"], [x * row["flops_per_step"] for x in curve.x], curve.y)
-        for row in rows
-        if (curve := read_run(os.path.join(workdir, row["name"]), "").curve("val/loss")).x
+        Curve(curve.name, [step * row["flops_per_step"] for step in curve.x], curve.y)
+        for row, log in zip(rows, logs, strict=True)
+        if (curve := curve_of(row["name"], log, "val/loss")).x
     ]
     if over_flops:
         drawn["val_loss_over_flops"] = plot.curves(

@@ -13,11 +13,11 @@ from tests.commands.running import TRAIN
 SHARED = [word for word in TRAIN[1:] if not word.startswith("--config.steps")]
 
 
-def sweep(data, workdir, *more: str) -> list[str]:
+def sweep(data, workdir, *more: str, steps: str = "4,40") -> list[str]:
     return [
         TRAIN[0].replace("depth=1,", ""),
         "--each=depth=1",
-        "--each=config.steps=4,40",
+        f"--each=config.steps={steps}",
         f"--workdir={workdir}",
         f"--config.data.path={data}",
         "--config.evaluation.samples=8",
@@ -65,19 +65,22 @@ def test_a_sweep_that_was_killed_goes_on_and_runs_nothing_twice(commands, data, 
 
 
 @pytest.mark.long
-def test_sigterm_saves_the_run_and_ends_the_sweep_with_75(commands, data, tmp_path):
-    words = sweep(data, tmp_path, "--config.checkpoint.every=1000")
-    process = commands.start("mmdit_jax.sweep", *words)
-    log = tmp_path / "depth-1_steps-40" / "metrics.jsonl"
+def test_a_second_sweep_is_refused_and_sigterm_saves_the_run_and_ends_with_75(
+    commands, data, tmp_path
+):
+    words = [word for word in sweep(data, tmp_path, steps="100000") if "checkpoint" not in word]
+    process = commands.start("mmdit_jax.sweep", *words, "--config.checkpoint.every=100000")
+    run = tmp_path / "depth-1_steps-100000"
     deadline = time.monotonic() + 240
-    while not (log.exists() and log.read_text()):
+    while not ((run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text()):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.05)
+    second = {"second": words}
+    commands.refuses("mmdit_jax.sweep", second, {"second": f"{tmp_path} is in use by process"})
     process.terminate()
     output = process.communicate()[0]
     assert process.returncode == 75, output
-    saved = os.listdir(tmp_path / "depth-1_steps-40" / "checkpoints")
-    assert saved and "40" not in saved
+    assert os.listdir(run / "checkpoints")
 
 
 def test_mistakes_are_named_and_nothing_is_written(commands, tmp_path):

@@ -6,6 +6,7 @@ already (a trained run, the file of an evaluation) is not made again.
 """
 
 import ctypes
+import hashlib
 import json
 import os
 import shlex
@@ -77,6 +78,12 @@ class Children:
         return code if code >= 0 else 128 - code
 
 
+def evaluation_file(folder: str, words: Sequence[str]) -> str:
+    """Where a call of `evaluate` with these flags leaves its results."""
+    digest = hashlib.sha256(shlex.join(words).encode()).hexdigest()[:8]
+    return os.path.join(folder, "evaluations", f"{plan.name_of(tuple(words))[:150]}-{digest}.json")
+
+
 def execute(run: plan.Run, sweep: Sweep, children: Children) -> tuple[int, dict[str, Any]]:
     """Trains a run to its end and evaluates it.
 
@@ -95,7 +102,7 @@ def execute(run: plan.Run, sweep: Sweep, children: Children) -> tuple[int, dict[
     )
     found = {}
     for words in sweep.evaluations:
-        path = os.path.join(folder, "evaluations", plan.name_of(words) + ".json")
+        path = evaluation_file(folder, words)
         if not code and not os.path.exists(path):
             partial = f"{path}.partial"  # evaluate does not write in one piece
             code = children.run(

@@ -89,12 +89,24 @@ def test_a_failure_costs_one_run_and_everything_else_ends_the_sweep(sweep):
 def test_an_evaluation_that_was_cut_off_counts_for_nothing(sweep):
     cut = Pretended({"evaluate depth-1": 137})
     assert execution.run(RUNS, sweep, cut) == 137
-    folder = os.path.join(sweep.workdir, "depth-1", "evaluations")
-    os.makedirs(folder)
-    with open(os.path.join(folder, "evaluators-val_loss.json.partial"), "w") as file:
+    path = execution.evaluation_file(os.path.join(sweep.workdir, "depth-1"), LOSS)
+    os.makedirs(os.path.dirname(path))
+    with open(f"{path}.partial", "w") as file:
         file.write('{"val_')
     assert execution.run(RUNS, sweep, Pretended()) == 0
     assert results.read(sweep.workdir)[0]["metrics"] == {"val_loss": {"loss": 0.5}}
+
+
+def test_evaluations_with_other_flags_have_other_files():
+    flags = (
+        ("--a=b/c",),
+        ("--a=b-c",),
+        ("--a=b", "c"),
+        ("--a=" + "x" * 400,),
+        ("--a=" + "x" * 401,),
+    )
+    files = {execution.evaluation_file("w", words) for words in flags}
+    assert len(files) == 5 and max(map(len, files)) < 250
 
 
 def test_another_plan_in_the_same_folder_is_refused(sweep):

@@ -72,7 +72,7 @@ def test_minima_of_budgets_give_the_best_size():
     assert found.summary["isoflop"]["best_size"]["exponent"]["value"] == pytest.approx(
         0.5, abs=0.03
     )
-    assert found.summary["L(C)"]["fitted_to"] == "minima of the budgets"
+    assert found.summary["L(C)"]["fitted_to"] == "minima of the budgets" and len(found.fitted) == 4
     assert found.summary["L(N, D)"]["exponent of N"]["value"] == pytest.approx(0.4, abs=0.02)
     assert found.summary["held_out"]["law"].startswith("L(N, D)")
     assert "geneval/overall" not in found.summary["correlations"]  # does not vary
