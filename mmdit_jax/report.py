@@ -170,8 +170,8 @@ def sample_grids(runs: Sequence[Run]) -> str:
         folder = os.path.join(run.folder, "samples")
         names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
         names = [name for name in names if name.endswith(".png")]
-        spaced = [names[-1 - len(names) * k // most] for k in range(min(most, len(names)))][::-1]
-        for name in dict.fromkeys(spaced):
+        shown = min(most, len(names))
+        for name in [names[len(names) * (k + 1) // shown - 1] for k in range(shown)]:
             step, _, size = name.removesuffix(".png").partition("_")
             with open(os.path.join(folder, name), "rb") as file:
                 caption = f"{run.name}, step {int(step):,} {size}" if step.isdigit() else name

@@ -60,11 +60,14 @@ def test_a_report_of_runs_and_of_a_sweep_needs_nothing_else(commands, trained, t
     changed = json.loads((second / "config.json").read_text())
     changed["config"]["seed"] = 77
     (second / "config.json").write_text(json.dumps(changed))
-    commands.run("mmdit_jax.report", str(first))
+    for step in (1, 2, 3, 4):
+        shutil.copy(first / "samples" / "00000006.png", first / "samples" / f"0000000{step}.png")
+    commands.run("mmdit_jax.report", str(first), "--grids=3")
     text = (first / "report.html").read_text()
     parsed = Parsed(text)
     assert not parsed.open and "script" not in parsed.tags
     assert all(a.startswith(("data:image/png", "#")) for a in parsed.addresses)
+    assert re.findall(r"first, step (\d+)", parsed.text) == ["1", "3", "6"]
     for words in (
         "training loss",
         "validation loss",

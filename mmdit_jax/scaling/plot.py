@@ -179,7 +179,7 @@ def metric_over_loss(
     except ValueError:  # fewer than three runs, or all equal
         return figure
     text = f"r = {found.pearson:.3f}, of ranks {found.rank:.3f}"
-    axes.text(0.02, 0.02, text, transform=axes.transAxes, fontsize=9)
+    axes.set_title(f"{name} over the loss: {text}")
     return figure
 
 
