@@ -5,7 +5,6 @@ is done when it has a line of results with every evaluation that is asked for; w
 already (a trained run, the file of an evaluation) is not made again.
 """
 
-import ctypes
 import hashlib
 import json
 import os
@@ -23,7 +22,17 @@ from mmdit_jax.scaling import plan, results
 
 PLAN_FILE = "sweep.json"
 FAILED = 1  # the exit code after which the other runs are still made
-_PYTHON = ("-m",)
+# Of a child: what `python -m` does, after asking for SIGKILL when the sweep dies, so that the next
+# one finds nobody at work. Not between fork and exec, where Python may hang: jax has threads.
+_CHILD = """
+import ctypes, runpy, signal, sys
+libc = ctypes.CDLL(None)
+if hasattr(libc, "prctl"):  # Linux
+    libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+sys.argv = sys.argv[1:]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+_PYTHON = ("-c", _CHILD)
 
 
 class Sweep(NamedTuple):
@@ -49,7 +58,6 @@ class Children:
         """Answers SIGTERM from here on."""
         self.stopping = False
         self._process: subprocess.Popen | None = None
-        self._libc = ctypes.CDLL(None)
         signal.signal(signal.SIGTERM, self._stop)
 
     def _stop(self, *_: Any) -> None:
@@ -57,16 +65,9 @@ class Children:
         if self._process is not None:
             self._process.terminate()
 
-    def _end_with_parent(self) -> None:
-        """In the child: SIGKILL when the sweep dies, so that the next one finds nobody at work."""
-        if hasattr(self._libc, "prctl"):
-            self._libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
     def run(self, module: str, *arguments: str) -> int:
         """The exit code of `python -m module`, 128 and more for a signal, as a shell says it."""
-        self._process = subprocess.Popen(
-            [sys.executable, *_PYTHON, module, *arguments], preexec_fn=self._end_with_parent
-        )
+        self._process = subprocess.Popen([sys.executable, *_PYTHON, module, *arguments])
         if self.stopping:  # it came while the process was being started
             self._process.terminate()
         try:

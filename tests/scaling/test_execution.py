@@ -2,10 +2,15 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
 from mmdit_jax.scaling import execution, plan, results
+from tests.commands.running import ROOT
 
 
 class Pretended:
@@ -126,3 +131,24 @@ def test_a_child_that_is_killed_ends_as_in_a_shell(monkeypatch):
     children = execution.Children()
     assert children.run("exit 75") == 75
     assert children.run("kill -9 $$") == 137
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child")
+def test_the_command_that_runs_ends_when_the_sweep_is_killed(tmp_path):
+    (tmp_path / "sleeper.py").write_text(
+        "import os, sys, time; print(os.getpid(), *sys.argv[1:], flush=True); time.sleep(60)"
+    )
+    code = "from mmdit_jax.scaling import execution as e; e.Children().run('sleeper', '--a=b')"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert parent.stdout
+    child, *flags = parent.stdout.readline().split()
+    assert flags == ["--a=b"]
+    parent.send_signal(signal.SIGKILL)
+    start = time.monotonic()
+    parent.communicate()  # returns when nobody holds the pipe
+    assert time.monotonic() - start < 30 and child
