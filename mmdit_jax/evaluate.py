@@ -11,8 +11,8 @@
     clip_score   100 x cosine between samples and their captions, by --clip
     geneval      the prompts of --geneval_prompts, judged by --detector and, for colours, --clip
     path_length  length of the sampling paths; with --clip what few steps cost (Table 6)
-    human        by itself, without a run: writes a page that asks people which pictures of --samples
-                 they prefer, or counts the --votes that they downloaded from it
+    human        by itself, without a run: writes a page that asks people which of --samples they
+                 prefer, or counts the --votes that they downloaded from it
 
     python -m mmdit_jax.evaluate --evaluators=human --samples=out/a,out/b --output=study.html
     python -m mmdit_jax.evaluate --evaluators=human --votes=one.json,two.json --output=human.json

@@ -1,4 +1,4 @@
-"""Which array lies on which device: one rule table, and an overview of the result.
+"""Which array lies on which device: one rule table.
 
 The mesh has four axes, always all four, most of them usually of size 1:
 
@@ -29,7 +29,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from mmdit_jax.mesh import (
@@ -157,21 +156,60 @@ def gather_kernel(kernel: jax.Array, names: Sequence[str]) -> jax.Array:
     return _kernel_constraint(kernel, ["tensor" if RULES[n] == "tensor" else None for n in names])
 
 
-def scatter_kernel_gradient(gradient: jax.Array, names: Sequence[str]) -> jax.Array:
-    """The gradient of what `gather_kernel` returned, summed over devices, to where it lies."""
-    sizes = dict(jax.sharding.get_abstract_mesh().shape)
-    gradient = gather_kernel(gradient, names)
-    return _kernel_constraint(gradient, _place(gradient.shape, names, sizes)) if sizes else gradient
+def kernel_gradient(
+    multiply: Callable[..., jax.Array], x: jax.Array, dy: jax.Array, names: Sequence[str]
+) -> jax.Array:
+    """The gradient of what `gather_kernel` returned, summed over devices, to where it lies.
+
+    The sum is written by hand. The partitioner either makes a loop over parts of the kernel of it
+    or sums the whole gradient on every device and cuts it then: twice the bytes of a
+    reduce-scatter over fsdp, which leaves 1 / fsdp of it to sum over data and context.
+
+    Args:
+        multiply: (x, dy) of some samples and tokens -> their part of the gradient.
+        x: (B, inputs) or (B, L, inputs), what the kernel multiplied.
+        dy: (B, ...) or (B, L, ...), the gradient of the result.
+        names: logical axes of the kernel.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return multiply(x, dy)
+    rows = [
+        RULES[name] if _divides(mesh, RULES[name], size) else None
+        for name, size in zip(("batch", "tokens")[: x.ndim - 1], x.shape[:-1], strict=True)
+    ]
+    shape = (x.shape[-1], *dy.shape[x.ndim - 1 :])
+    place = _place(shape, names, dict(mesh.shape))
+    pairs = zip(names, place, strict=True)
+    columns = tuple("tensor" if RULES[n] == axis == "tensor" else None for n, axis in pairs)
+    split = list(columns)
+    summed = [axis for row in rows if row for axis in ([row] if isinstance(row, str) else row)]
+    scattered = place.index("fsdp") if "fsdp" in summed and "fsdp" in place else None
+    if scattered is not None:
+        split[scattered] = "fsdp"
+        summed.remove("fsdp")
+
+    def on_one(x: jax.Array, dy: jax.Array) -> jax.Array:
+        part = multiply(x, dy)
+        if scattered is not None:
+            part = jax.lax.psum_scatter(part, "fsdp", scatter_dimension=scattered, tiled=True)
+        return jax.lax.psum(part, summed)
+
+    gradient = jax.shard_map(
+        on_one,
+        in_specs=(PartitionSpec(*rows, columns[0]), PartitionSpec(*rows, *columns[1:])),
+        out_specs=PartitionSpec(*split),
+        check_vma=False,
+    )(x, dy)
+    return _kernel_constraint(gradient, place)
 
 
 def _kernel_constraint(kernel: jax.Array, spec: Sequence[str | None]) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return kernel
-    fitting = [
-        axis if _divides(mesh, axis, size) else None
-        for axis, size in zip(spec, kernel.shape, strict=True)
-    ]
+    pairs = zip(spec, kernel.shape, strict=True)
+    fitting = [axis if _divides(mesh, axis, size) else None for axis, size in pairs]
     return jax.lax.with_sharding_constraint(kernel, PartitionSpec(*fitting))
 
 
@@ -344,33 +382,6 @@ def on_each_device(
         check_vma=False,
     )
     return jax.jit(mapped, out_shardings=NamedSharding(mesh, PartitionSpec(AXES)))
-
-
-def overview(tree: Any, shardings: Any) -> tuple[str, int]:
-    """A table of name, shape, dtype, placement, bytes per device; and the total per device."""
-    rows, total = [], 0
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True):
-        local = int(np.prod(sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
-        total += local
-        spec = ",".join(str(axis) if axis else "-" for axis in sharding.spec) or "-"
-        shape = "x".join(map(str, leaf.shape)) or "scalar"
-        rows.append((path_name(path), shape, leaf.dtype.name, spec, f"{local:,}"))
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    lines = [
-        "  ".join(
-            cell.rjust(widths[4]) if i == 4 else cell.ljust(widths[i]) for i, cell in enumerate(row)
-        )
-        for row in rows
-    ]
-    return "\n".join(lines), total
-
-
-def log_overview(name: str, tree: Any, shardings: Any) -> int:
-    """Logs the overview of a tree and returns its bytes per device."""
-    table, total = overview(tree, shardings)
-    logging.info("%s: %.1f MB per device\n%s", name, total / 1e6, table)
-    return total
 
 
 def _is_boxed(leaf: Any) -> bool:

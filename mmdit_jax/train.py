@@ -18,7 +18,7 @@ from absl import flags, logging
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
-from mmdit_jax import command, evaluators, hosts, run, sharding, trained_run
+from mmdit_jax import command, evaluators, hosts, overview, run, sharding, trained_run
 from mmdit_jax import config as config_lib
 from mmdit_jax.data.loader import Loader
 from mmdit_jax.data.manifest import Bucket
@@ -95,7 +95,7 @@ def dry_run(parts: run.Parts) -> None:
         ),
         "buckets": buckets,
         "mesh": dict(mesh.shape),
-        "bytes_per_device": sharding.overview(plan.abstract, plan.shardings)[1],
+        "bytes_per_device": overview.table(plan.abstract, plan.shardings)[1],
         "config": config_lib.to_json(config),
     }
     print(json.dumps(plan_json, indent=2))
@@ -217,7 +217,7 @@ def train_run(
         logging.info("bucket %s: %d records, batches of %d", bucket, count, size)
         if count < size:
             logging.warning("bucket %s: a batch holds some of its records several times", bucket)
-    sharding.log_overview("parameters", plan.abstract.params, plan.shardings.params)
+    overview.log("parameters", plan.abstract.params, plan.shardings.params)
     if state is None:
         watchdog.progress("initializing the state")
         state = state_lib.init_state(config, optimizer, plan)

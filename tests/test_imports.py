@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "mmdit_jax.page": {"files"},
     "mmdit_jax.mesh": set(),
     "mmdit_jax.sharding": {"mesh"},
+    "mmdit_jax.overview": {"sharding"},
     "mmdit_jax.hosts": set(),
     "mmdit_jax.flow": set(),
     "mmdit_jax.models": {"sharding"},

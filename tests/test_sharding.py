@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mmdit_jax import config as config_lib
-from mmdit_jax import run, sharding
+from mmdit_jax import overview, run, sharding
 from mmdit_jax.training import state as state_lib
 from tests.testdata import make_sharding_goldens
 
@@ -108,7 +108,7 @@ def test_state_is_made_on_the_mesh_and_the_overview_counts_its_bytes():
     mesh = sharding.make_mesh(data=1, fsdp=8)
     optimizer, made = run.plan(run.build(config), mesh)
     state = state_lib.init_state(config, optimizer, made)
-    table, total = sharding.overview(made.abstract, made.shardings)
+    table, total = overview.table(made.abstract, made.shardings)
     held = sum(
         shard.data.nbytes
         for leaf in jax.tree.leaves(state)

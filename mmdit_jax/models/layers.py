@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from mmdit_jax.sharding import gather_kernel, scatter_kernel_gradient
+from mmdit_jax.sharding import gather_kernel, kernel_gradient
 
 PRODUCT = "product"  # what remat policies call the products with weights
 
@@ -105,10 +105,14 @@ def _product_backward(names: tuple[str, ...], reduce_dtype: str, saved: Any, dy:
     x, kernel = saved
     leading = tuple(range(x.ndim - 1))
     outputs = tuple(range(x.ndim - 1, dy.ndim))
-    dkernel = jax.lax.dot_general(
-        dy, x, ((leading, leading), ((), ())), preferred_element_type=jnp.dtype(reduce_dtype)
-    )
-    dkernel = scatter_kernel_gradient(jnp.moveaxis(dkernel, -1, 0), names).astype(kernel.dtype)
+
+    def multiply(x: jax.Array, dy: jax.Array) -> jax.Array:
+        transposed = jax.lax.dot_general(
+            dy, x, ((leading, leading), ((), ())), preferred_element_type=jnp.dtype(reduce_dtype)
+        )
+        return jnp.moveaxis(transposed, -1, 0)
+
+    dkernel = kernel_gradient(multiply, x, dy, names).astype(kernel.dtype)
     whole = gather_kernel(kernel.astype(x.dtype), names)
     contracted = (outputs, tuple(range(1, kernel.ndim)))
     return jax.lax.dot_general(dy, whole, (contracted, ((), ()))), dkernel

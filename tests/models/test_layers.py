@@ -1,10 +1,13 @@
 """Embeddings, patches, positions: the numbers of the released models."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mmdit_jax import sharding
 from mmdit_jax.models import layers
 
 
@@ -145,3 +148,31 @@ def test_the_gradient_of_a_kernel_is_reduced_in_the_dtype_asked_for(reduce_dtype
     assert grads["kernel"].dtype == jnp.float32
     expected = jnp.float32(4097).astype(reduce_dtype).astype(jnp.float32)
     np.testing.assert_array_equal(grads["kernel"], jnp.full((1, 2), expected))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "names", "inputs", "outputs"),
+    [
+        ({"data": 2, "fsdp": 4}, ("features", "embed"), (8, 20), (16,)),
+        ({"data": 1, "fsdp": 4, "context": 2}, ("embed", "mlp"), (8, 6, 16), (64,)),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, ("heads_out", "embed"), (8, 6, 16), (16,)),
+    ],
+)
+def test_the_gradient_of_a_kernel_is_summed_by_a_reduce_scatter(sizes, names, inputs, outputs):
+    x, kernel, weight = (
+        jax.random.normal(jax.random.key(n), shape)
+        for n, shape in enumerate([inputs, (inputs[-1], *outputs), (*inputs[:-1], *outputs)])
+    )
+
+    def gradient(kernel):
+        return jax.grad(lambda k: jnp.sum(layers.product(x, k, names, "float32") * weight))(kernel)
+
+    with sharding.entered(sharding.make_mesh(**sizes)):
+        compiled = jax.jit(gradient).lower(kernel).compile()
+    np.testing.assert_allclose(compiled(kernel), gradient(kernel), rtol=1e-5, atol=1e-5)
+    made = compiled.as_text()
+    assert "reduce-scatter(" in made
+    # Over the other axes goes what a device holds then: one fsdp-th of the gradient at most.
+    own = kernel.size // sizes["fsdp"]
+    for shape in re.findall(r"= f32\[([\d,]+)\]\S* all-reduce\(", made):
+        assert np.prod([int(size) for size in shape.split(",")]) <= own
