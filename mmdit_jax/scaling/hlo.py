@@ -106,6 +106,9 @@ def parse(text: str) -> Module:
             entry = name[1] if name and line.startswith("ENTRY") else entry
         elif line.startswith("  ") and " = " in line:
             current.append(_instruction(_COMMENT.sub("", line.strip())))
+        elif line.startswith(('"', "}}")) and current:
+            # Metadata of a Pallas kernel has newlines; what follows them belongs to its line.
+            current[-1] = current[-1]._replace(text=f"{current[-1].text} {line}")
     if entry not in computations:
         raise ValueError("this text has no ENTRY computation; give what Compiled.as_text() returns")
     every = {each.name: each for body in computations.values() for each in body}

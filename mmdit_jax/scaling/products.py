@@ -8,10 +8,11 @@ import math
 import re
 from typing import Any, NamedTuple
 
-# Matrix products over all (query, key) pairs in Pallas' attention kernels, by a word of their name.
-# XLA sees a custom call without any cost. Forward: scores, values; dq: scores again, dP, dq;
-# dkv: scores again, dP, dk, dv.
-KERNELS = {"dkv": 4, "dq": 3, "fwd": 2, "flash_attention": 2, "splash": 2}
+# Matrix products over all (query, key) pairs in Pallas' attention kernels, by a word of their name:
+# those that contract the features of a head (scores, dP), and those that contract tokens. XLA sees
+# a custom call without any cost. Forward: scores; values. dq: scores again, dP; dq. dkv: scores
+# again, dP; dk, dv, and where it is the only kernel backward also dq.
+KERNELS = {"dkv": (2, 2), "dq": (2, 1), "fwd": (1, 1), "flash_attention": (1, 1), "splash": (1, 1)}
 
 
 class Product(NamedTuple):
@@ -31,7 +32,9 @@ class Product(NamedTuple):
 
 def is_product(opcode: str, text: str) -> bool:
     """Whether an instruction multiplies matrices."""
-    return opcode in ("dot", "convolution") or opcode == "custom-call" and _kernel(text) > 0
+    if opcode == "custom-call":
+        return _kernel(text) is not None
+    return opcode in ("dot", "convolution")
 
 
 def read(instruction: Any, operands: list[Any]) -> list[Product]:
@@ -48,22 +51,28 @@ def read(instruction: Any, operands: list[Any]) -> list[Product]:
     return _attention(instruction, operands)
 
 
-def _kernel(text: str) -> int:
+def _kernel(text: str) -> tuple[int, int] | None:
     if "tpu_custom_call" not in text:
-        return 0
+        return None
     names = " ".join(re.findall(r'(?:op_name|kernel_name)="([^"]*)"', text))
-    return next((count for word, count in KERNELS.items() if word in names), 0)
+    return next((counts for word, counts in KERNELS.items() if word in names), None)
 
 
 def _attention(instruction: Any, operands: list[Any]) -> list[Product]:
-    """Queries, keys and values are the first three arrays of three or more axes, (..., L, K)."""
-    arrays = [shape for shape in operands if len(shape.dims) >= 3][:3]
-    if len(arrays) < 2:
+    """Queries, keys and values are the first three arrays, (..., L, K); masks are integers."""
+    arrays = [x for x in operands if len(x.dims) >= 3 and x.dtype in ("bf16", "f16", "f32")][:3]
+    counts = _kernel(instruction.text)
+    if len(arrays) < 2 or counts is None:
         return []
-    query, key = arrays[0].dims, arrays[1].dims
-    batch = math.prod(query[:-2])
-    count = _kernel(instruction.text)
-    return [Product(batch * count, query[-2], key[-2], query[-1], arrays[0].dtype)]
+    query, key, dtype = arrays[0].dims, arrays[1].dims, arrays[0].dtype
+    batch, (logits, values) = math.prod(query[:-2]), counts
+    # The only kernel backward gives a part of dq for every block of keys: one axis more.
+    if counts == KERNELS["dkv"]:
+        values += any(len(shape.dims) > len(query) for shape in instruction.shapes)
+    return [
+        Product(batch * logits, query[-2], key[-2], query[-1], dtype),
+        Product(batch * values, query[-2], query[-1], key[-2], dtype),
+    ]
 
 
 def _dot(instruction: Any, left: Any, right: Any) -> Product:

@@ -152,13 +152,43 @@ def test_a_convolution_counts_what_it_meets():
     assert flops_of(costs) == 2 * 2 * (3 * 8 - 2) ** 2 * 5 * 7
 
 
-def test_attention_kernels_are_counted_by_their_shapes():
+@pytest.mark.parametrize(
+    ("kernel", "results", "logits", "values"),
+    [
+        ("fwd_residuals", "bf16[2,4,512,64], f32[2,4,512]", 1, 1),
+        ("dq_no_residuals", "bf16[2,4,512,64]", 2, 1),
+        ("dkv_no_residuals", "bf16[2,4,512,64], bf16[2,4,512,64]", 2, 2),
+        ("dkv_no_residuals", "bf16[2,1,4,512,64], bf16[2,4,512,64], bf16[2,4,512,64]", 2, 3),
+    ],
+)
+def test_attention_kernels_are_counted_by_their_shapes(kernel, results, logits, values):
+    """Scores contract the 64 features of a head; what follows contracts the tokens."""
     line = (
-        "%k = (bf16[2,4,512,64]{3,2,1,0}, f32[2,4,512]{2,1,0}) custom-call(%q, %k, %v), "
-        'custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/splash_mha_fwd_residuals"}'
+        f"%k = ({results}) custom-call(%mask, %q, %k, %v, %ids), "
+        f'custom_call_target="tpu_custom_call", metadata={{op_name="jit(f)/splash_mha_{kernel}"}}'
     )
-    shapes = [hlo.Shape("bf16", (2, 4, 512, 64), 0, 0)] * 3
-    assert products.read(tpu(line), shapes)[0].flops == 4 * 2 * 4 * 512 * 512 * 64
+    mask, ids = hlo.Shape("s8", (1, 1, 1), 0, 0), hlo.Shape("s32", (512, 128), 0, 0)
+    shapes = [mask, *[hlo.Shape("bf16", (2, 4, 512, 64), 0, 0)] * 3, ids]
+    assert products.read(tpu(line), shapes) == [
+        products.Product(2 * 4 * logits, 512, 512, 64, "bf16"),
+        products.Product(2 * 4 * values, 512, 64, 512, "bf16"),
+    ]
+
+
+def test_metadata_of_a_kernel_may_have_newlines():
+    """As the TPU compiler prints Pallas kernels, those of every real step among them."""
+    module = hlo.parse(
+        """HloModule m
+
+ENTRY %main (q: bf16[2,4,512,64]) -> bf16[2,4,512,64] {
+  %q = bf16[2,4,512,64]{3,2,1,0} parameter(0)
+  ROOT %k = bf16[2,4,512,64]{3,2,1,0} custom-call(%q, %q, %q), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512}"
+}}, metadata={op_name="jit(f)/splash_mha_fwd_residuals"}
+}
+"""  # noqa: E501
+    )
+    assert sum(p.flops for c in hlo.costs(module) for p in c.products) == 4 * 8 * 512 * 512 * 64
 
 
 def test_shapes_have_their_padding_and_their_memory():
