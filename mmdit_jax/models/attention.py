@@ -171,8 +171,8 @@ def splash_attention(q_BLNK: jax.Array, k_BMNK: jax.Array, v_BMNK: jax.Array) ->
         block_q_dkv=block,
         block_kv_dkv=key_block,
         block_kv_dkv_compute=key_block,
-        block_q_dq=block,
-        block_kv_dq=key_block,
+        # One kernel backward computes the logits again once, two would do so twice.
+        use_fused_bwd_kernel=True,
     )
     heads, size = q_BLNK.shape[2:]
     full = splash_attention_mask.FullMask((padded, padded_keys))
