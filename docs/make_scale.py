@@ -2,19 +2,31 @@
 
     python docs/make_scale.py [--max_compiles=2] [--depths=24,38] [--resolutions=256]
         [--topologies=v5p-512] [--again]
+    python docs/make_scale.py --table_only
 
-Needs libtpu (`pip install "jax[tpu]"`) and no TPU. What was found is kept in docs/scale.json, one
-entry a row; `--again` makes rows anew. A compilation takes minutes on two cores.
+The first needs libtpu (`pip install "jax[tpu]"`) and no TPU; a compilation takes minutes on two
+cores. What was found is kept in docs/scale.json, one entry a row, from one call to the next;
+`--again` makes rows anew. The second compiles nothing and takes seconds. Rows that have not been
+compiled say so and show what a search would compile first, guessed in closed form.
 """
 
 import argparse
+import functools
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from configs import mmdit  # noqa: E402
+from mmdit_jax.models.mmdit import REMAT_POLICIES  # noqa: E402
+from mmdit_jax.scaling import chips, flops, search  # noqa: E402
+from mmdit_jax.training import state as state_lib  # noqa: E402
+
 RESULTS, PAGE = ROOT / "docs" / "scale.json", ROOT / "docs" / "scale.md"
 BEGIN, END = "<!-- table: docs/make_scale.py -->", "<!-- end of table -->"
 
@@ -24,8 +36,8 @@ TOPOLOGIES = ("v5e-256", "v5p-512", "v6e-256")
 STEPS, BATCH = 500_000, 4096
 
 HEADER = (
-    "| depth | px | chips | mesh | remat | micro-batches | HBM GiB | step s | bound by | samples/s "
-    "| utilisation | days | chip-hours |\n|" + "---|" * 13
+    "| depth | px | chips | from | mesh | remat | micro-batches | HBM GiB | step s | bound by "
+    "| samples/s | utilisation | days | chip-hours |\n|" + "---|" * 14
 )
 
 
@@ -33,7 +45,7 @@ def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def search(depth: int, resolution: int, topology: str, most: int) -> dict[str, Any]:
+def compiled(depth: int, resolution: int, topology: str, most: int) -> dict[str, Any]:
     """What `mmdit_jax.compile --search --json` says."""
     done = subprocess.run(
         [
@@ -52,31 +64,66 @@ def search(depth: int, resolution: int, topology: str, most: int) -> dict[str, A
     return json.loads(done.stdout)
 
 
-def row(depth: int, resolution: int, topology: str, found: dict[str, Any] | None) -> str:
-    """One line of the table."""
-    start = f"| {depth} | {resolution} | {topology} |"
-    if found is None:
-        return f"{start} not compiled yet |" + " |" * 9
-    best, tried = found["best"], len(found["compiled"])
+@functools.cache
+def parameters(depth: int) -> int:
+    """Of the model, whatever the resolution."""
+    return state_lib.count_parameters(state_lib.abstract_params(mmdit.get_config(f"depth={depth}")))
+
+
+def guessed(depth: int, resolution: int, name: str) -> tuple[search.Candidate, float] | None:
+    """What a search would compile first, and its utilisation; None where nothing seems to fit."""
+    config = mmdit.get_config(f"depth={depth},resolution={resolution}")
+    config.batch_size = BATCH
+    config.model.attention = "splash"
+    topology = chips.topology(name)
+    every = search.candidates(
+        config, topology, parameters=parameters(depth), policies=tuple(REMAT_POLICIES)
+    )
+    best = search.guess(every, topology.chip.hbm_limit)
     if best is None:
-        return f"{start} none of {tried} compiled fits |" + " |" * 9
-    mesh = " ".join(f"{name}={size}" for name, size in best["mesh"].items() if size > 1)
-    accumulate = found["overrides"].partition("optimizer.accumulate=")[2].split()[0]
-    hours = STEPS * best["step_seconds"] / 3600
-    gib = 1 << 30
-    cells = [
-        mesh,
-        best["remat"],
-        accumulate,
-        f"{best['hbm_used'] / gib:.1f} of {best['hbm_limit'] / gib:.1f}",
-        f"{best['step_seconds']:.3f}",
-        best["bound"],
-        f"{best['samples_per_second']:,.0f}",
-        f"{best['utilisation']:.0%}",
+        return None
+    peak = topology.devices * topology.chip.bf16_flops
+    return best, BATCH * flops.train_per_sample(config) / best.cost / peak
+
+
+def row(depth: int, resolution: int, name: str, found: Mapping[str, Any] | None) -> str:
+    """One line of the table."""
+    start = f"| {depth} | {resolution} | {name} |"
+    if found is not None and found["best"] is not None:
+        best = found["best"]
+        accumulate = found["overrides"].partition("optimizer.accumulate=")[2].split()[0]
+        cells = ["compiler", *setting(best["mesh"], best["remat"], accumulate)]
+        memory, bound, utilisation = best["hbm_used"], best["bound"], best["utilisation"]
+        seconds = best["step_seconds"]
+    else:
+        guess = guessed(depth, resolution, name)
+        source = "guess"
+        if found is not None:
+            source += f"; {len(found['compiled'])} compiled, none fits"
+        if guess is None:
+            return f"{start} {source}: nothing fits |" + " |" * 10
+        best, utilisation = guess
+        cells = [source, *setting(best.mesh, best.remat, str(best.accumulate))]
+        memory, seconds = 2 * best.memory, best.cost  # see search.guess
+        bound = "network" if best.network >= best.cost else "compute"
+    topology = chips.topology(name)
+    hours = STEPS * seconds / 3600
+    cells += [
+        f"{memory / chips.GIB:.1f} of {topology.chip.hbm_limit / chips.GIB:.1f}",
+        f"{seconds:.3f}",
+        bound,
+        f"{BATCH / seconds:,.0f}",
+        f"{utilisation:.0%}",
         f"{hours / 24:.1f}",
-        f"{hours * best['chips']:,.0f}",
+        f"{hours * topology.chips:,.0f}",
     ]
     return f"{start} {' | '.join(cells)} |"
+
+
+def setting(mesh: Mapping[str, int], remat: str, accumulate: str) -> list[str]:
+    """Cells of what is chosen."""
+    axes = " ".join(f"{axis}={size}" for axis, size in mesh.items() if size > 1)
+    return [axes, remat, accumulate]
 
 
 def write(results: dict[str, Any]) -> None:
@@ -109,7 +156,7 @@ def main() -> None:
                 name = f"{depth} {resolution} {topology}"
                 if name in results and not chosen.again:
                     continue
-                found = search(depth, resolution, topology, chosen.max_compiles)
+                found = compiled(depth, resolution, topology, chosen.max_compiles)
                 results[name] = found
                 RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
                 write(results)

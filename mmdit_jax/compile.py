@@ -180,13 +180,13 @@ def on_tpu(config: Config) -> Config:
 
 
 def model_flops(config: Config, what: str) -> int:
-    """Of one execution, in closed form; 0 for the encoders, which have none yet."""
+    """Of one execution, in closed form."""
     if what == "train":
         return config.batch_size * flops.train_per_sample(config)
     if what == "sample":
         networks = config.samples.steps * (1 if config.samples.cfg == 1 else 2)
         return config.batch_size * networks * flops.forward_per_sample(config)
-    return 0
+    return config.batch_size * programs.encode_flops(config)
 
 
 def main(argv: list[str]) -> int:

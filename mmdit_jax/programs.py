@@ -16,6 +16,7 @@ from mmdit_jax import run, sharding
 from mmdit_jax.data import fields
 from mmdit_jax.encoders import autoencoder, clip, t5, vae
 from mmdit_jax.evaluation.sampling import Sampler
+from mmdit_jax.scaling import flops
 from mmdit_jax.training import state as state_lib
 from mmdit_jax.training.step import lower_train_step
 
@@ -130,6 +131,32 @@ def encode(parts: run.Parts, mesh: Mesh) -> jax.stages.Lowered:
 
     with jax.set_mesh(mesh):
         return jax.jit(encode_batch, out_shardings=place).lower(params, pictures, ids)
+
+
+def encode_flops(config: config_lib.Config) -> int:
+    """Of encoding one picture and its caption with the networks of SD3."""
+    network, side = SD3_VAE, config.data.resolution
+    total = flops.vae_encode(
+        channels=network.channels,
+        layers=network.layers,
+        latent_channels=network.latent_channels,
+        height=side,
+        width=side,
+        quant_conv=network.quant_conv,
+        mid_attention=network.mid_attention,
+    )
+    for name, sizes in SD3_TEXT.items():
+        settings = {
+            "layers": sizes.layers,
+            "width": sizes.width,
+            "mlp_width": sizes.mlp_width,
+            "tokens": config.data.text_encoders[name].length,
+        }
+        if isinstance(sizes, t5.T5Config):
+            total += flops.t5_forward(heads=sizes.heads, head_width=sizes.head_width, **settings)
+        else:
+            total += flops.clip_text_forward(projection=sizes.projection_dim or 0, **settings)
+    return total
 
 
 PROGRAMS: dict[str, Callable[[run.Parts, Mesh], jax.stages.Lowered]] = {

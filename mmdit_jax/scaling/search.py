@@ -7,8 +7,10 @@ known before, so it errs on the small side.
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
+
+import jax.numpy as jnp
 
 from mmdit_jax import config as config_lib
 from mmdit_jax.config import Config
@@ -35,7 +37,8 @@ class Candidate(NamedTuple):
         remat: a name in `KEPT`.
         memory: bytes of a device, a guess.
         floor: seconds of a step that its arithmetic alone takes at the peak of the chip.
-        cost: seconds of a step, a guess to order by.
+        network: seconds of a step that moving alone takes, a guess.
+        cost: seconds of a step, a guess: the larger of arithmetic and network.
     """
 
     mesh: dict[str, int]
@@ -44,6 +47,7 @@ class Candidate(NamedTuple):
     remat: str
     memory: int
     floor: float
+    network: float
     cost: float
 
     @property
@@ -89,8 +93,10 @@ def candidates(
         policies: of remat, those that the model knows.
     """
     devices, width = topology.devices, config_lib.width(config)
+    known = [name for name in policies if name in KEPT]
+    arithmetic = {policy: _arithmetic(config, topology, policy) for policy in known}
     for policy, context, tensor, accumulate in itertools.product(
-        (name for name in policies if name in KEPT), CONTEXTS, TENSORS, ACCUMULATES
+        known, CONTEXTS, TENSORS, ACCUMULATES
     ):
         ways = devices // context // tensor
         if devices % (context * tensor) or config.model.depth % tensor:
@@ -99,15 +105,17 @@ def candidates(
             continue
         for fsdp in divisors(math.gcd(ways // topology.slices, width)):
             mesh = {"data": ways // fsdp, "fsdp": fsdp, "tensor": tensor, "context": context}
-            compute, network = _times(config, topology, mesh, policy, accumulate, parameters)
+            floor, compute = arithmetic[policy]
+            network = _network(config, topology, mesh, accumulate, parameters)
             yield Candidate(
                 mesh=mesh,
                 batch_size=config.batch_size,
                 accumulate=accumulate,
                 remat=policy,
                 memory=memory(config, mesh, accumulate, policy, parameters),
-                floor=compute,
-                cost=max(compute, network) + 1e-3 * network,
+                floor=floor,
+                network=network,
+                cost=max(compute, network),
             )
 
 
@@ -130,27 +138,84 @@ def memory(
     return int(4 * copies * sharded + gradients + kept + block)
 
 
-def _times(
+def _arithmetic(config: Config, topology: Topology, policy: str) -> tuple[float, float]:
+    """Seconds of a step that its arithmetic takes, at the peak and as matrix units do it."""
+    each = flops.train_per_sample(config) + flops.recomputed_per_sample(config, remat=policy)
+    padded = array_flops(config, policy, topology.chip.array_side)
+    second = topology.devices * topology.chip.bf16_flops / config.batch_size
+    return each / second, padded / second
+
+
+def _network(
     config: Config,
     topology: Topology,
     mesh: Mapping[str, int],
-    policy: str,
     accumulate: int,
     parameters: int,
-) -> tuple[float, float]:
-    """Seconds of arithmetic at the peak, and of moving what has to be moved over two links."""
-    each = flops.train_per_sample(config) + flops.recomputed_per_sample(config, remat=policy)
-    compute = config.batch_size * each / topology.devices / topology.chip.bf16_flops
-    moved = 0.0
-    if mesh["fsdp"] > 1:  # gathered twice and reduced once, for every micro-batch
-        moved += accumulate * 3 * 2 * parameters / mesh["tensor"] * (1 - 1 / mesh["fsdp"])
+) -> float:
+    """Seconds of a step that it takes to move what has to be moved."""
+    chip = topology.chip
+    gradient = jnp.dtype(config.optimizer.reduce_dtype).itemsize
+    ways, moved = mesh["fsdp"], 0.0
+    if ways > 1:  # gathered twice in bfloat16, summed once
+        moved += (4 + gradient) * parameters / mesh["tensor"] * (1 - 1 / ways)
     if mesh["data"] > 1:
-        moved += 2 * 2 * parameters / (mesh["fsdp"] * mesh["tensor"])
-    samples = config.batch_size / (mesh["data"] * mesh["fsdp"])
+        moved += 2 * gradient * parameters / (ways * mesh["tensor"])
+    moved *= accumulate
+    samples = config.batch_size / (mesh["data"] * ways)
     tokens = config_lib.image_tokens(config) + config_lib.text_tokens(config)
     activations = 2 * samples * tokens * config_lib.width(config) * config.model.depth
     moved += activations * (8 * (mesh["tensor"] > 1) + 4 * (mesh["context"] > 1))
-    return compute, moved / (2 * topology.chip.link_bandwidth)
+    # Rings along all torus axes but one, and a line along that where a group is large.
+    links = 2 * (chip.torus_axes - 1) + (ways >= 128)
+    inside = moved / (links * chip.link_bandwidth)
+    held = gradient * parameters * topology.slices / topology.devices
+    return inside + (2 * held / chip.dcn_bandwidth if topology.slices > 1 else 0.0)
+
+
+def array_flops(config: Config, policy: str, side: int) -> float:
+    """FLOPs of training on one sample as matrix units of a side do them.
+
+    What contracts the width rounds it up, the logits of splash attention round up the 64 features
+    of a head, and all of the attention the tokens to a multiple of 128. Its kernels compute the
+    logits a second time for the backward pass: (logits, values) are 1, 1 forward and 2, 3 backward.
+    """
+
+    def up(size: int, to: int) -> int:
+        return -(-size // to) * to
+
+    tokens = config_lib.image_tokens(config) + config_lib.text_tokens(config)
+    width = config_lib.width(config)
+    depth, recomputed = config.model.depth, flops.RECOMPUTED[policy]
+    pairs = 2 * tokens**2 * width  # of logits or values of a block, forward
+    kernel_again = "values" in recomputed
+    dense = flops.train_per_sample(config) - flops.TRAINING_FACTOR * 2 * depth * pairs
+    again = flops.recomputed_per_sample(config, remat=policy)
+    again -= (depth - 1) * pairs * (("logits" in recomputed) + kernel_again)
+    product = 2 * depth**2 * up(tokens, 128) ** 2
+    logits, values = 3 + kernel_again, 4 + kernel_again
+    attention = product * (logits * up(config_lib.HEAD_SIZE, side) + values * config_lib.HEAD_SIZE)
+    return (dense + again) * up(width, side) / width + attention
+
+
+def order(every: Iterable[Candidate]) -> list[Candidate]:
+    """By guessed time; of about equal ones (5 %) that with less memory first."""
+    return sorted(every, key=lambda each: (round(math.log(each.cost) / 0.05), each.memory))
+
+
+def guess(every: Iterable[Candidate], limit: float) -> Candidate | None:
+    """The setting that looks best without any compilation; None where nothing seems to fit.
+
+    Twice its guessed memory has to fit: a step of depth 38 that was compiled took 2.1 times as
+    much. What is kept in the memory of the host is left out, as the time of moving it is not
+    guessed.
+
+    Args:
+        every: of `candidates`.
+        limit: bytes of a device.
+    """
+    fitting = (each for each in order(every) if 2 * each.memory <= limit)
+    return next((each for each in fitting if each.remat != "offload"), None)
 
 
 def search(
@@ -162,8 +227,8 @@ def search(
 ) -> Found:
     """Compiles the most promising candidates and returns the fastest that fits.
 
-    In the order of their guessed times, of about equal ones that with less memory first. What the
-    compiler says about one corrects the guesses of memory for all with the same remat policy.
+    In the order of `order`. What the compiler says about one corrects the guesses of memory for all
+    with the same remat policy.
 
     Args:
         every: of `candidates`.
@@ -180,8 +245,7 @@ def search(
     def leave_out(reason: str) -> None:
         left_out[reason] = left_out.get(reason, 0) + 1
 
-    # Times that differ by less than 5 % are equal for a guess.
-    for each in sorted(every, key=lambda each: (round(math.log(each.cost) / 0.05), each.memory)):
+    for each in order(every):
         if each.memory > limit:
             leave_out(f"remat={each.remat}: more memory than there is, by estimate")
         elif each.memory * correction.get(each.remat, 1.0) > limit:

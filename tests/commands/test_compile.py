@@ -3,6 +3,9 @@
 import numpy as np
 import pytest
 
+from mmdit_jax import config as config_lib
+from mmdit_jax import programs
+from mmdit_jax.scaling import flops
 from tests.commands.running import TRAIN
 from tests.commands.test_runs import assert_bitwise_equal, checkpoint, rows
 
@@ -31,6 +34,24 @@ def test_mistakes_of_compile_are_named(commands, data, tmp_path):
     }
     commands.refuses("mmdit_jax.compile", cases, expected)
     assert not list(tmp_path.iterdir()), "something was written"
+
+
+def test_flops_of_encoding_are_those_of_the_networks_of_sd3():
+    """The products of T5-XXL's 4.6e9 weights with 77 tokens are most of the text."""
+    config = config_lib.default(depth=15, resolution=256)
+    text = 2 * 77 * (24 * (4 * 4096**2 + 3 * 4096 * 10240) + 24 * 2 * 77 * 4096)
+    text += flops.clip_text_forward(
+        layers=12, width=768, mlp_width=3072, tokens=77, projection=768
+    ) + flops.clip_text_forward(layers=32, width=1280, mlp_width=5120, tokens=77, projection=1280)
+    picture = flops.vae_encode(
+        channels=(128, 256, 512, 512),
+        layers=2,
+        latent_channels=16,
+        height=256,
+        width=256,
+        quant_conv=False,
+    )
+    assert programs.encode_flops(config) == text + picture
 
 
 @pytest.mark.long

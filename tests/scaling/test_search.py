@@ -5,7 +5,8 @@ import math
 import pytest
 
 from configs import mmdit
-from mmdit_jax.scaling import chips, search
+from mmdit_jax import config as config_lib
+from mmdit_jax.scaling import chips, flops, search
 
 GIB = 1 << 30
 PARAMETERS = 2_028_334_144  # depth 24
@@ -54,6 +55,24 @@ def test_memory_is_the_sum_of_what_is_known():
     assert search.memory(config, mesh, 1, "full", PARAMETERS) == pytest.approx(
         expected + 4 * PARAMETERS / 24
     )
+
+
+def test_arithmetic_is_that_of_the_model_and_the_logits_once_more_where_nothing_is_rounded():
+    config = config_lib.default(depth=24, resolution=256, text_length=64)  # 384 tokens, 3 x 128
+    logits = 2 * 384**2 * 1536 * 24
+    model = flops.train_per_sample(config)
+    assert search.array_flops(config, "none", 64) == model + logits
+    # The units of v6e are 256 wide: four times the logits, forward, backward and once more.
+    assert search.array_flops(config, "none", 256) == model + logits + 3 * 3 * logits
+
+
+def test_a_guess_looks_best_and_fits_twice():
+    listed = every()
+    found = search.guess(listed, 15.75 * GIB)
+    assert found is not None and 2 * found.memory <= 15.75 * GIB
+    fitting = [each for each in listed if 2 * each.memory <= 15.75 * GIB]
+    assert found.cost <= 1.06 * min(each.cost for each in fitting)
+    assert search.guess(listed, 1.0) is None
 
 
 def compiler(tried, *, factor=1.5, limit=15.75 * GIB):
