@@ -22,6 +22,10 @@ which is taken as rf/lognorm(0.00, 1.00). Arguments:
 """
 
 from mmdit_jax import config as config_lib
+from mmdit_jax import presets
+
+BACKBONES = ("mmdit", "mmdit3", "dit", "crossdit", "uvit")
+SWEEPS = {"all": (f"backbone={','.join(BACKBONES)}",)}  # of mmdit_jax.sweep
 
 
 def get_config(argument: str = ""):
@@ -43,9 +47,9 @@ def get_config(argument: str = ""):
     config.batch_size = 1024
     config.model.backbone = chosen.backbone
     if chosen.shapes or chosen.tiny:
-        config_lib.use_builtin_encoders(config, text_length=chosen.text_length)
+        presets.use_builtin_encoders(config, text_length=chosen.text_length)
     if chosen.shapes:
-        config_lib.on_a_laptop(config)
+        presets.on_a_laptop(config)
     if chosen.tiny:
-        config_lib.two_steps(config)
+        presets.two_steps(config)
     return config

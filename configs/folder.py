@@ -15,6 +15,7 @@ shows the whole path and learns what the captions of this folder say, nothing mo
 """
 
 from mmdit_jax import config as config_lib
+from mmdit_jax import presets
 
 
 def get_config(argument: str = ""):
@@ -23,8 +24,8 @@ def get_config(argument: str = ""):
     config = config_lib.default(
         depth=chosen.depth, resolution=chosen.resolution, text_length=chosen.text_length
     )
-    config_lib.use_builtin_encoders(config, text_length=chosen.text_length)
-    config_lib.on_a_laptop(config)
+    presets.use_builtin_encoders(config, text_length=chosen.text_length)
+    presets.on_a_laptop(config)
     if chosen.tiny:
-        config_lib.two_steps(config)
+        presets.two_steps(config)
     return config

@@ -36,6 +36,7 @@ Arguments:
 """
 
 from mmdit_jax import config as config_lib
+from mmdit_jax import presets
 
 
 def _variants() -> dict[str, dict[str, str]]:
@@ -93,12 +94,12 @@ def get_config(argument: str = ""):
     )
     config.batch_size = 1024
     if chosen.shapes or chosen.tiny:
-        config_lib.use_builtin_encoders(config, text_length=chosen.text_length)
+        presets.use_builtin_encoders(config, text_length=chosen.text_length)
     if chosen.shapes:
-        config_lib.on_a_laptop(config)
+        presets.on_a_laptop(config)
         config.flow.shift = config.samples.shift = 1.0  # the law of t is what is compared
     if chosen.tiny:
-        config_lib.two_steps(config)
+        presets.two_steps(config)
     config.flow.update(VARIANTS[chosen.variant])
     if config.flow.path.startswith("edm"):
         config.samples.solver = "ddim"

@@ -14,6 +14,7 @@ optimizer of App. B.3, where the paper states them. Arguments:
 """
 
 from mmdit_jax import config as config_lib
+from mmdit_jax import presets
 
 
 def get_config(argument: str = ""):
@@ -28,6 +29,6 @@ def get_config(argument: str = ""):
     if chosen.resolution >= 1024:
         config.flow.shift = config.samples.shift = 3.0
     if chosen.tiny:
-        config_lib.use_builtin_encoders(config, text_length=chosen.text_length)
-        config_lib.two_steps(config)
+        presets.use_builtin_encoders(config, text_length=chosen.text_length)
+        presets.two_steps(config)
     return config

@@ -13,6 +13,7 @@
 """
 
 from mmdit_jax import config as config_lib
+from mmdit_jax import presets
 
 SWEEPS = {
     # Fig. 8: every depth on the same samples.
@@ -37,10 +38,10 @@ def get_config(argument: str = ""):
     )
     config.evaluation.every = 50_000
     if chosen.shapes or chosen.tiny:
-        config_lib.use_builtin_encoders(config, text_length=chosen.text_length)
+        presets.use_builtin_encoders(config, text_length=chosen.text_length)
     if chosen.shapes:
-        config_lib.on_a_laptop(config)
+        presets.on_a_laptop(config)
         config.evaluation.every = 200
     if chosen.tiny:
-        config_lib.two_steps(config)
+        presets.two_steps(config)
     return config

@@ -14,6 +14,7 @@ Arguments:
 """
 
 from mmdit_jax import config as config_lib
+from mmdit_jax import presets
 
 PROMPTS = (
     "a red circle",
@@ -33,9 +34,9 @@ def get_config(argument: str = ""):
     config = config_lib.default(
         depth=chosen.depth, resolution=chosen.resolution, text_length=chosen.text_length
     )
-    config_lib.use_builtin_encoders(config, text_length=chosen.text_length)
-    config_lib.on_a_laptop(config)
+    presets.use_builtin_encoders(config, text_length=chosen.text_length)
+    presets.on_a_laptop(config)
     config.samples.prompts = PROMPTS
     if chosen.tiny:
-        config_lib.two_steps(config)
+        presets.two_steps(config)
     return config

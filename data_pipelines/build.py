@@ -31,7 +31,7 @@ from data_pipelines.job import WAIT_S, from_environment
 from data_pipelines.pipeline import build
 from data_pipelines.settings import Settings
 from data_pipelines.stages.embeddings import PHASH
-from mmdit_jax import command
+from mmdit_jax import command, presets
 from mmdit_jax import config as config_lib
 from mmdit_jax.data.manifest import Manifest
 from mmdit_jax.encoders.storage import PRECISIONS
@@ -212,7 +212,7 @@ def train_command(settings: Settings, manifest: Manifest) -> str:
         file = "configs/mmdit.py"
     config = config_lib.default(resolution=settings.resolution)
     if file != "configs/mmdit.py":
-        config_lib.use_builtin_encoders(config, text_length=lengths["clip_l"])
+        presets.use_builtin_encoders(config, text_length=lengths["clip_l"])
     latents = manifest.autoencoder
     for name, default, value in (
         ("data.kind", config.data.kind, latents["kind"]),

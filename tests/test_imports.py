@@ -16,6 +16,7 @@ ANYTHING = None
 MAY_IMPORT = {
     "mmdit_jax.command": {"hosts"},
     "mmdit_jax.config": {"ranges"},
+    "mmdit_jax.presets": {"config"},
     "mmdit_jax.ranges": set(),
     "mmdit_jax.strict_json": set(),
     "mmdit_jax.files": set(),
@@ -56,9 +57,18 @@ MAY_IMPORT = {
     "mmdit_jax.programs": ANYTHING,
     "mmdit_jax.trained_run": ANYTHING,
     "mmdit_jax.topologies": {"scaling"},
-    "data_pipelines": {"command", "config", "hosts", "sharding", "strict_json", "data", "encoders"}
+    "data_pipelines": {
+        "command",
+        "config",
+        "presets",
+        "hosts",
+        "sharding",
+        "strict_json",
+        "data",
+        "encoders",
+    }
     | {"interop"},
-    "configs": {"config"},
+    "configs": {"config", "presets"},
 } | {f"mmdit_jax.{name}": ANYTHING for name in COMMANDS}
 
 FILES = sorted(

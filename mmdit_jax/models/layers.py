@@ -107,10 +107,13 @@ def _product_backward(names: tuple[str, ...], reduce_dtype: str, saved: Any, dy:
     outputs = tuple(range(x.ndim - 1, dy.ndim))
 
     def multiply(x: jax.Array, dy: jax.Array) -> jax.Array:
-        transposed = jax.lax.dot_general(
-            dy, x, ((leading, leading), ((), ())), preferred_element_type=jnp.dtype(reduce_dtype)
+        # On CPU the first factor is written down transposed: the smaller one.
+        swap = x.shape[-1] > math.prod(dy.shape[x.ndim - 1 :])
+        factors = (dy, x) if swap else (x, dy)
+        gradient = jax.lax.dot_general(
+            *factors, ((leading, leading), ((), ())), preferred_element_type=jnp.dtype(reduce_dtype)
         )
-        return jnp.moveaxis(transposed, -1, 0)
+        return jnp.moveaxis(gradient, -1, 0) if swap else gradient
 
     dkernel = kernel_gradient(multiply, x, dy, names).astype(kernel.dtype)
     whole = gather_kernel(kernel.astype(x.dtype), names)
@@ -140,6 +143,11 @@ class RMSNorm(nn.Module):
         return x.astype(self.dtype) * jnp.expand_dims(scale_K, (0, 1, 2)).astype(self.dtype)
 
 
+# What is cheap to compute again keeps its argument for the backward pass and nothing in between.
+_again = functools.partial(jax.checkpoint, prevent_cse=False)
+
+
+@_again
 def layer_norm(x: jax.Array) -> jax.Array:
     """LayerNorm without parameters over the last axis, statistics in float32."""
     x32 = x.astype(jnp.float32)
@@ -153,6 +161,12 @@ def modulate(x_BLD: jax.Array, shift_BD: jax.Array, scale_BD: jax.Array) -> jax.
     return x_BLD * (1 + scale_BD[:, None]) + shift_BD[:, None]
 
 
+@_again
+def gelu(x: jax.Array) -> jax.Array:
+    """GELU in its tanh form."""
+    return nn.gelu(x, approximate=True)
+
+
 class Mlp(nn.Module):
     """Linear - GELU(tanh) - Linear, four times as wide inside."""
 
@@ -164,7 +178,7 @@ class Mlp(nn.Module):
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         types = {"dtype": self.dtype, "reduce_dtype": self.reduce_dtype}
         h_BLF = Linear((4 * self.width,), ("embed", "mlp"), name="fc1", **types)(x_BLD)
-        h_BLF = nn.gelu(h_BLF, approximate=True)
+        h_BLF = gelu(h_BLF)
         return Linear((self.width,), ("mlp", "embed"), name="fc2", **types)(h_BLF)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mmdit_jax import config as config_lib
-from mmdit_jax import run
+from mmdit_jax import presets, run
 from mmdit_jax.data import synthetic
 
 
@@ -14,7 +14,7 @@ from mmdit_jax.data import synthetic
 def test_the_loader_takes_what_a_config_expects(tmp_path, builtin, text_storage):
     config = config_lib.default(depth=1, resolution=32, text_length=5)
     if builtin:
-        config_lib.use_builtin_encoders(config, text_length=5)
+        presets.use_builtin_encoders(config, text_length=5)
     config.data.update(path=str(tmp_path), text_storage=text_storage)
     config.batch_size = 8
     synthetic.write(tmp_path, run.expected_data(config), records=3)

@@ -15,7 +15,7 @@ from data_pipelines.stage_times import StageTimes
 from data_pipelines.stages import encode
 from data_pipelines.stages.captions import CaptionTable, caption_bytes
 from mmdit_jax import config as config_lib
-from mmdit_jax import run
+from mmdit_jax import presets, run
 from mmdit_jax.data.loader import Loader
 from mmdit_jax.encoders import text
 from mmdit_jax.encoders.dispatched import Dispatched
@@ -93,7 +93,7 @@ def test_the_next_command_says_trimmed_and_other_data_is_refused(settings, recor
             length, sequence = (record[f"text/{name}/{kind}"] for kind in ("length", "sequence"))
             assert sequence.shape == (length.sum(), 16) and sequence.dtype == np.float16
     config = config_lib.default(resolution=16)
-    config_lib.use_builtin_encoders(config, text_length=8)
+    presets.use_builtin_encoders(config, text_length=8)
     config.data.path = asked.output
     with pytest.raises(ValueError, match="text_storage is 'trimmed' in the data set, 'full' in"):
         run.make_loader(config, "train", 2)
