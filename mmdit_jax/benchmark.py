@@ -298,6 +298,22 @@ def _stopwatch(found: dict[str, float], name: str) -> Iterator[None]:
     found[name] = time.monotonic() - start
 
 
+def in_large_pages(argv: list[str]) -> int | None:
+    """Runs this command on CPU as `launch/` runs commands, if the environment is not that one.
+
+    XLA allocates its buffers anew in every step, and malloc must ask for large pages (glibc, from
+    the start of a process) or much of a step is spent in page faults.
+
+    Returns:
+        The exit code; None where nothing is to be changed.
+    """
+    if "GLIBC_TUNABLES" in os.environ or jax.default_backend() != "cpu":
+        return None
+    command_line = [sys.executable, "-m", "mmdit_jax.benchmark", *argv[1:]]
+    environment = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    return subprocess.run(command_line, env=environment, check=False).returncode
+
+
 def main(argv: list[str]) -> int:
     """Times the parts that are asked for."""
     del argv
@@ -314,6 +330,8 @@ def main(argv: list[str]) -> int:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     with _stopwatch(cold, "devices"):
         jax.devices()
+    if (code := in_large_pages(sys.argv)) is not None:
+        return code
     parts = run.build(config)
     results: dict[str, Any] = {"config": config_lib.to_json(config), "cold": cold}
     with tempfile.TemporaryDirectory() as folder:

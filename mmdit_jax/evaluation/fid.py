@@ -24,6 +24,7 @@ from mmdit_jax.evaluation import frechet
 from mmdit_jax.evaluation.features import PictureFeatures
 
 PICTURE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # of the others, some start programs
 
 
 class PictureSource(NamedTuple):
@@ -56,7 +57,7 @@ def folder_source(folder: str | Path) -> PictureSource:
     def pictures() -> Iterator[np.ndarray]:
         for file in files:
             try:
-                with Image.open(file) as picture:
+                with Image.open(file, formats=FORMATS) as picture:
                     yield np.asarray(picture.convert("RGB"))
             except (UnidentifiedImageError, OSError) as error:
                 raise ValueError(f"{file} is no picture ({error}); remove it") from error

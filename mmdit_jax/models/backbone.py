@@ -155,7 +155,7 @@ class Backbone(nn.Module):
             initializer="zeros",
             name="final_linear",
             **types,
-        )(x_BID[:, : tokens[-1]])
+        )(x_BID)[:, : tokens[-1]]
         return unpatchify(out_BIP.astype(jnp.float32), self.patch, height, width)
 
     def split_text(self, context_BTE: jax.Array) -> Sequence[jax.Array]:

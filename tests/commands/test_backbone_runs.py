@@ -9,8 +9,14 @@ from tests.commands.running import TRAIN
 from tests.commands.test_runs import assert_bitwise_equal, checkpoint, losses
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("name", [name for name in BACKBONES if name != "mmdit"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.long if name == "uvit" else pytest.mark.slow)
+        for name in BACKBONES
+        if name != "mmdit"
+    ],
+)
 def test_every_backbone_trains_goes_on_samples_and_is_evaluated(commands, data, tmp_path, name):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     arguments = [

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_pipelines.random_encoders import make_random_encoders
+from data_pipelines.stages.random_encoders import make_random_encoders
 from PIL import Image
 
 from mmdit_jax import sharding

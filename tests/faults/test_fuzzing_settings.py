@@ -72,7 +72,7 @@ def test_overrides_on_the_command_line_are_refused_in_one_line_or_make_a_sane_co
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(command.flags, "FLAGS", values)
             try:
-                command._check_config(words)
+                command.check_config(words)
                 values(argv)
             except (flags.Error, ValueError, TypeError, OSError):
                 return  # one line and exit code 2, whoever raised it

@@ -46,6 +46,7 @@ METHODS = {"extract", "extractall", "unpack_archive", "system", "popen", "execv"
 METHODS |= {"literal_eval", "from_pretrained", "unpackb"}
 ALLOWED = {
     "mmdit_jax/command.py": {"runpy"},  # the config file
+    "mmdit_jax/sweep.py": {"runpy"},  # the same
     # --filter, --embedding: a function of the user's
     "data_pipelines/stages/filters.py": {"importlib"},
     # SSCD is a TorchScript
@@ -53,6 +54,10 @@ ALLOWED = {
     "mmdit_jax/training/workdir.py": {"importlib.metadata"},
     "mmdit_jax/training/executable.py": {"importlib.metadata"},
     "mmdit_jax/benchmark.py": {"subprocess"},  # itself, with diffusers in place of flax
+    "mmdit_jax/scaling/execution.py": {"subprocess"},  # the commands of a sweep
+    "mmdit_jax/evaluation/frechet.py": {"zipfile"},  # the name of its error
+    # Only whether torch is there; trust_remote_code=False, use_safetensors=True.
+    "mmdit_jax/evaluation/detection.py": {"importlib.util", "from_pretrained"},
     # Signal handlers that also run while the main thread is inside a library.
     "mmdit_jax/hosts.py": {"ctypes"},
     "mmdit_jax/training/preemption.py": {"ctypes"},

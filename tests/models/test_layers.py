@@ -142,12 +142,13 @@ def test_the_gradient_of_a_kernel_is_reduced_in_the_dtype_asked_for(reduce_dtype
     """A sum of 4097 equal products: float32 has it, bfloat16 has what is left of it by rounding."""
     types = {"dtype": jnp.bfloat16, "reduce_dtype": reduce_dtype}
     module = layers.Linear((2,), ("features", "embed"), **types)
-    x = jnp.full((4097, 1), 1.0, jnp.bfloat16)
-    params = {"kernel": jnp.ones((1, 2)), "bias": jnp.zeros(2)}
+    # Wider than the output: what is transposed after the product, XLA does not keep unrounded.
+    x = jnp.full((4097, 4), 1.0, jnp.bfloat16)
+    params = {"kernel": jnp.ones((4, 2)), "bias": jnp.zeros(2)}
     grads = jax.jit(jax.grad(lambda p: jnp.sum(module.apply({"params": p}, x))))(params)
     assert grads["kernel"].dtype == jnp.float32
     expected = jnp.float32(4097).astype(reduce_dtype).astype(jnp.float32)
-    np.testing.assert_array_equal(grads["kernel"], jnp.full((1, 2), expected))
+    np.testing.assert_array_equal(grads["kernel"], jnp.full((4, 2), expected))
 
 
 @pytest.mark.parametrize(
