@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_pipelines.stages.random_encoders import make_random_encoders
 from PIL import Image
 
+from data_pipelines.stages.random_encoders import make_random_encoders
 from mmdit_jax import sharding
 from mmdit_jax.encoders import clip_image
 from mmdit_jax.evaluation import clip_score, detection, features
