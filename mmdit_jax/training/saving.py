@@ -93,15 +93,15 @@ class Saver:
         arguments = {name: ocp.args.StandardSave(item) for name, item in items.items()}
         arguments["meta"] = _Meta({**meta, "step": step}, integrity.record(items))
         self._step = step
-        try:
-            manager = self._open()
-            with _eager_threads():
-                manager.save(step, args=ocp.args.Composite(**arguments), force=True)
-        except Exception as error:  # of the file system, in whatever form a library reports it
-            self._error = error
-            self._remove_remains()
-            return
-        self._thread = threading.Thread(target=self._watch, args=(manager,), name="watch_save")
+        begin = functools.partial(self._begin, ocp.args.Composite(**arguments))
+        if self._kept is not None and jax.process_count() == 1:
+            work = [begin, self._commit]
+        else:  # Orbax copies the state before it returns, or meets the other processes
+            self._attempt(begin)
+            if self._error is not None:
+                return
+            work = [self._commit]
+        self._thread = threading.Thread(target=self._attempt, args=work, name="save")
         self._thread.start()
 
     def _snapshot(self, items: Any) -> Any:
@@ -146,14 +146,24 @@ class Saver:
         """Steps with a checkpoint, oldest first."""
         return checkpoint.Checkpoints(os.path.dirname(self._directory)).steps()
 
-    def _watch(self, manager: ocp.CheckpointManager) -> None:
+    def _attempt(self, *work: Callable[[], None]) -> None:
         try:
-            manager.wait_until_finished()
-            if not os.path.isdir(os.path.join(self._directory, str(self._step))):
-                raise OSError("it was not committed")
-        except Exception as error:
+            for each in work:
+                each()
+        except Exception as error:  # of the file system, in whatever form a library reports it
             self._error = error
             self._remove_remains()
+
+    def _begin(self, arguments: ocp.args.Composite) -> None:
+        manager = self._open()
+        with _eager_threads():
+            manager.save(self._step, args=arguments, force=True)
+
+    def _commit(self) -> None:
+        assert self._manager is not None
+        self._manager.wait_until_finished()
+        if not os.path.isdir(os.path.join(self._directory, str(self._step))):
+            raise OSError("it was not committed")
 
     def _remove_remains(self) -> None:
         """What a full disk needs first is the space of the attempt that failed."""

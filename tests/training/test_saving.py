@@ -2,8 +2,10 @@
 
 import errno
 import os
+import threading
 
 import jax
+import orbax.checkpoint as ocp
 import pytest
 
 from mmdit_jax.training import checkpoint
@@ -83,6 +85,23 @@ def test_the_state_may_be_donated_as_soon_as_it_is_being_saved(tmp_path):
     jax.block_until_ready(zeros(state))
     assert not saver.wait()
     assert_same(restored(tmp_path, 5), small_state(5))
+
+
+def test_training_goes_on_before_orbax_has_begun(tmp_path, monkeypatch):
+    may_begin = threading.Event()
+    save = ocp.CheckpointManager.save
+
+    def waiting(*args, **kwargs):
+        assert may_begin.wait(timeout=60)
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", waiting)
+    saver = Saver(tmp_path, keep=3)
+    saver.save(small_state(5), META)
+    assert not saver.failed() and saver.steps() == []
+    may_begin.set()
+    assert not saver.wait() and saver.steps() == [5]
+    saver.close()
 
 
 def test_one_checkpoint_is_kept_of_those_asked_for(tmp_path):
