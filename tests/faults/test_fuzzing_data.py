@@ -210,6 +210,19 @@ def is_manifest(manifest, directory):
     assert len(manifest.fingerprint()) == 64
 
 
+def manifest_reader(directory):
+    """Reads the data set in `directory` with the bytes of another manifest."""
+
+    def read(data):
+        (directory / "manifest.json").write_bytes(data)
+        manifest = Manifest.load(directory)
+        is_manifest(manifest, directory)
+        loader = Loader(directory, batch_size=2, seed=0)
+        assert loader.sample_ids(3).shape == (2,)
+
+    return read
+
+
 @few
 def test_damaged_manifests_are_refused_or_describe_what_is_there(tmp_path, count):
     rng = random.Random(3)
@@ -230,12 +243,5 @@ def test_damaged_manifests_are_refused_or_describe_what_is_there(tmp_path, count
             else:  # the right file by a name that leads around
                 yield text.replace(first.name, rng.choice(names)).encode()
 
-    def read(data):
-        (directory / "manifest.json").write_bytes(data)
-        manifest = Manifest.load(directory)
-        is_manifest(manifest, directory)
-        loader = Loader(directory, batch_size=2, seed=0)
-        assert loader.sample_ids(3).shape == (2,)
-
-    counts = fuzz(read, examples())
+    counts = fuzz(manifest_reader(directory), examples())
     assert counts["refused"] > count / 2 and counts["accepted"], counts
