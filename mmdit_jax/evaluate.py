@@ -17,8 +17,9 @@
     python -m mmdit_jax.evaluate --evaluators=human --samples=out/a,out/b --output=study.html
     python -m mmdit_jax.evaluate --evaluators=human --votes=one.json,two.json --output=human.json
 
-fid and clip_score share their samples. With several workdirs the object is {"runs": {workdir: as
-above}}, and path_length makes Table 6 of them. docs/evaluation.md says what each file is.
+fid and clip_score share their samples. With several --samplers or --weights the object is {"each":
+[as above, ...]}, one for each combination; with several workdirs {"runs": {workdir: as above}}, and
+path_length makes Table 6 of them. docs/evaluation.md says what each file is.
 """
 
 import functools
@@ -34,22 +35,29 @@ from absl import flags, logging
 
 import mmdit_jax
 from mmdit_jax import command, evaluators, run, trained_run
+from mmdit_jax import config as config_lib
 from mmdit_jax.data import shapes as shapes_data
 from mmdit_jax.data.loader import Loader
 from mmdit_jax.encoders.inception import RESIZES
 from mmdit_jax.evaluation import clip_score as clip_score_lib
-from mmdit_jax.evaluation import detection, features, preference
+from mmdit_jax.evaluation import detection, features, preference, ranking
 from mmdit_jax.evaluation import geneval as geneval_lib
 from mmdit_jax.evaluation import path_length as path_length_lib
 from mmdit_jax.evaluation import shapes as shapes_lib
 from mmdit_jax.evaluation.sampling import Sampler, SampleSettings
 from mmdit_jax.evaluation.validation import LEVELS
+from mmdit_jax.scaling.results import each
 
 _WORKDIR = flags.DEFINE_list("workdir", None, "Of a run of mmdit_jax.train, or of several.")
 _EVALUATORS = flags.DEFINE_list("evaluators", ["val_loss"], "Names, separated by commas.")
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file to write.")
 _STEP = flags.DEFINE_integer("step", 0, "Checkpoint; 0 is the newest.")
-_WEIGHTS = flags.DEFINE_enum("weights", None, ["ema", "raw"], "Which parameters.")
+_WEIGHTS = flags.DEFINE_list("weights", [], "ema, raw or ema,raw; empty: ema where there is one.")
+_SAMPLERS = flags.DEFINE_list(
+    "samplers",
+    [],
+    "STEPS:CFG of several samplers, in place of --steps and --cfg; paper: the six of its study.",
+)
 _STEPS = flags.DEFINE_integer("steps", None, "Solver steps of sampling evaluators.", lower_bound=1)
 _CFG = flags.DEFINE_float("cfg", None, "Guidance scale of sampling evaluators.")
 _SOLVER = flags.DEFINE_string("solver", None, "euler, heun or ddim.")
@@ -94,16 +102,20 @@ Settings = dict[str, Any]
 
 
 class Job:
-    """A run to evaluate; what several evaluators need is made once."""
+    """Weights of a run and a sampler; what several of a run have in common is made once."""
 
-    def __init__(self, trained: trained_run.TrainedRun):
-        self.trained = trained
+    def __init__(
+        self, trained: trained_run.TrainedRun, sampler: Settings, like: "Job | None" = None
+    ):
+        """`sampler`: steps and cfg, where they are not the flags'; `like`: of the same run."""
+        self.trained, self._like = trained, like
         overrides = {
             "steps": _STEPS.value,
             "cfg": _CFG.value,
             "solver": _SOLVER.value,
             "shift": _SHIFT.value,
             "seed": _SEED.value,
+            **sampler,
         }
         self.sampling: SampleSettings = run.sample_settings(trained.parts.config)._replace(
             **{name: value for name, value in overrides.items() if value is not None}
@@ -111,7 +123,9 @@ class Job:
 
     @functools.cached_property
     def sampler(self) -> Sampler:
-        """With the flags' settings."""
+        """With the job's settings."""
+        if self._like is not None:
+            return self._like.sampler.with_settings(**self.sampling._asdict())
         return run.make_sampler(
             self.trained.parts,
             self.trained.manifest,
@@ -125,13 +139,17 @@ class Job:
     @functools.cached_property
     def loader(self) -> Loader:
         """Of the validation split."""
+        if self._like is not None:
+            return self._like.loader
         config = self.trained.parts.config
         return run.make_loader(config, "validation", config.evaluation.batch_size)
 
     @functools.cached_property
-    def pictures(self) -> tuple[dict[str, Metrics], Settings]:
-        """fid and clip_score, as far as they are asked for, of the same pictures."""
-        measure = evaluators.PictureMetrics(
+    def picture_metrics(self) -> evaluators.PictureMetrics:
+        """fid and clip_score, as far as they are asked for."""
+        if self._like is not None:
+            return self._like.picture_metrics.with_sampler(self.sampler)
+        return evaluators.PictureMetrics(
             picture_settings(),
             sampler=self.sampler,
             prompts=evaluators.captions(self.loader, _CAPTIONS.value),
@@ -139,7 +157,11 @@ class Job:
             mesh=self.trained.mesh,
             wanted=[name for name in ("fid", "clip_score") if name in _EVALUATORS.value],
         )
-        return measure(self.trained.params), measure.settings()
+
+    @functools.cached_property
+    def pictures(self) -> tuple[dict[str, Metrics], Settings]:
+        """Both, of the same pictures."""
+        return self.picture_metrics(self.trained.params), self.picture_metrics.settings()
 
 
 def picture_settings() -> evaluators.PictureSettings:
@@ -247,7 +269,11 @@ def path_length(job: Job) -> tuple[Metrics, Settings]:
     prompts = evaluators.captions(job.loader, _CAPTIONS.value)
     steps = path_length_lib.STEPS
     metrics = path_length_lib.path_length(
-        lambda count: job.sampler.with_steps(count), trained.params, prompts, make_score, steps
+        lambda count: job.sampler.with_settings(steps=count),
+        trained.params,
+        prompts,
+        make_score,
+        steps,
     )
     settings = {**job.sampling._asdict(), "steps": steps, "prompts": len(prompts)}
     return metrics, settings | ({"clip": clip.about} if _CLIP.value else {})
@@ -274,6 +300,15 @@ def check_flags() -> None:
             f"evaluator {', '.join(unknown) or '(none)'} is unknown; known are "
             f"{', '.join(EVALUATORS)}"
         )
+    if unknown := [name for name in _WEIGHTS.value if name not in config_lib.WEIGHTS]:
+        raise ValueError(f"--weights={unknown[0]} must be ema, raw or ema,raw")
+    fixed = [name for name in names if name in ("val_loss", "path_length")]
+    if _SAMPLERS.value and (fixed or _STEPS.value or _CFG.value):
+        raise ValueError(
+            f"--samplers={','.join(_SAMPLERS.value)} does not go with "
+            f"{', '.join([*fixed, '--steps and --cfg'])}: evaluate them in another call"
+        )
+    ranking.parse_samplers(_SAMPLERS.value)
     for evaluator, files in {
         "clip_score": {"clip": _CLIP.value},
         "geneval": {
@@ -295,19 +330,29 @@ def check_flags() -> None:
 
 
 def evaluate_run(workdir: str) -> dict[str, Any]:
-    """Opens a run and evaluates it."""
+    """Opens a run and evaluates it, with every sampler and all weights that are asked for."""
     config = trained_run.read_config(workdir)
-    weights = _WEIGHTS.value or ("ema" if config.ema.decay > 0 else "raw")
-    trained = trained_run.open_run(workdir, weights=weights, step=_STEP.value)
+    names = _WEIGHTS.value or ["ema" if config.ema.decay > 0 else "raw"]
+    weights = [trained_run.open_run(workdir, weights=name, step=_STEP.value) for name in names]
+    samplers = ranking.parse_samplers(_SAMPLERS.value) or [{}]
+    first = Job(weights[0], samplers[0])
+    found = []
+    for sampler in samplers:
+        job = Job(weights[0], sampler, like=first)  # of all weights: compiled once
+        found += [evaluate_job(workdir, Job(trained, sampler, like=job)) for trained in weights]
+    return found[0] if len(found) == 1 else {"each": found}
+
+
+def evaluate_job(workdir: str, job: Job) -> dict[str, Any]:
+    """Every evaluator on one kind of weights with one sampler."""
     results: dict[str, Any] = {}
     settings: dict[str, Any] = {
         "workdir": os.path.abspath(workdir),
-        "step": trained.step,
-        "weights": weights,
+        "step": job.trained.step,
+        "weights": job.trained.weights,
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "version": mmdit_jax.__version__,
     }
-    job = Job(trained)
     for name in _EVALUATORS.value:
         results[name], settings[name] = EVALUATORS[name](job)
         line = "  ".join(f"{metric} {value:.4g}" for metric, value in results[name].items())
@@ -328,7 +373,11 @@ def main(argv: list[str]) -> int:
     whole = {"runs": results} if len(results) > 1 else next(iter(results.values()))
     output.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
     if "path_length" in _EVALUATORS.value:
-        rows = [(os.path.basename(w.rstrip("/")), r["path_length"]) for w, r in results.items()]
+        rows = [
+            (os.path.basename(workdir.rstrip("/")), content["path_length"])
+            for workdir, whole in results.items()
+            for content in each(whole)
+        ]
         print(path_length_lib.table(rows))
     print(f"results in {_OUTPUT.value}")
     return command.EXIT_OK

@@ -4,6 +4,7 @@ Training measures them between its steps, the evaluate command of a finished run
 sampled once for all of them.
 """
 
+import copy
 import functools
 import os
 from collections.abc import Sequence
@@ -107,6 +108,12 @@ class PictureMetrics:
                 settings.clip.partition(",")[0], **at
             )
         self._text = clip_score.text_tower(settings.clip) if self._scores else None
+
+    def with_sampler(self, sampler: Sampler) -> "PictureMetrics":
+        """The same for another sampler of the run; networks and references are shared."""
+        other = copy.copy(self)
+        other._sampler = sampler
+        return other
 
     @property
     def _scores(self) -> bool:

@@ -308,11 +308,16 @@ def sweep_results(workdir: str, rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def average_ranks(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Ranks by the paper's procedure, each call of `evaluate` being one control setting."""
+    """Ranks by the paper's procedure, over all samplers and weights that were evaluated."""
     up, down = _RANK.value
     found = []
     for row in rows:
-        for words, content in row["evaluations"].items():
+        contents = [
+            (words, content)
+            for words, whole in row["evaluations"].items()
+            for content in results.each(whole)
+        ]
+        for words, content in contents:
             metrics = study.flat_metrics({"metrics": content})
             if up in metrics and down in metrics:
                 sampling = content["settings"].get(up.partition("/")[0], {})
@@ -340,7 +345,7 @@ def average_ranks(rows: Sequence[Mapping[str, Any]]) -> str:
         [(name, *(f"{row[c]:.2f}" for c in columns)) for name, row in averages.items()],
         numbers=range(1, 1 + len(columns)),
     )
-    settings = len({row["data"] for row in found})
+    settings = len({tuple(row[name] for name in ranking.Setting._fields) for row in found})
     return page.section(title, table, page.note(f"over {settings} settings of evaluation"))
 
 

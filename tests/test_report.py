@@ -88,6 +88,9 @@ def test_a_report_of_runs_and_of_a_sweep_needs_nothing_else(commands, trained, t
     differences = parsed.text[parsed.text.index("What the settings differ in") :]
     assert "batch_size" not in differences and "data:image" not in output.read_text()
 
+    def sampled(metrics, steps):
+        return {**metrics, "settings": {"clip_score": {"steps": steps, "cfg": 5}}}
+
     sweep = tmp_path / "sweep"
     rows, plan = [], {}
     for depth in (1, 2, 3, 4, 5):
@@ -99,17 +102,14 @@ def test_a_report_of_runs_and_of_a_sweep_needs_nothing_else(commands, trained, t
         rows.append(
             {"name": name, "parameters": depth**3, "steps": 6, "samples": 48, "flops": depth**4}
             | {"flops_per_step": 7, "metrics": metrics}
-            | {
-                "evaluations": {
-                    "-a": {**metrics, "settings": {"clip_score": {"steps": 5, "cfg": 5}}}
-                }
-            }
+            | {"evaluations": {"-a": {"each": [sampled(metrics, steps) for steps in (5, 50)]}}}
         )
     (sweep / "sweep.json").write_text(json.dumps({"runs": plan}))
     (sweep / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     printed = commands.run("mmdit_jax.report", str(sweep), "--held_out=depth-4")
     averages = (sweep / "report.html").read_text().split("Average ranks")[1]
     assert re.search(r"5 steps.*depth-5</td><td class=.number.>1.00</td><td", averages)
+    assert "50 steps" in averages and "over 2 settings" in averages
     assert re.search(r"depth-1</td><td class=.number.>[23].00", averages)
     assert "run depth-4" in printed and "L(C)" in printed
     parsed = Parsed((sweep / "report.html").read_text())

@@ -7,7 +7,7 @@ and two data sets make 24 settings, and every average of "all" a multiple of 1/2
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 # (steps, guidance scale) of the samplers of App. B.3, all Euler.
@@ -20,6 +20,26 @@ COLUMNS = {
     "5 steps": lambda steps, cfg: steps == 5 and cfg == 5.0,
     "50 steps": lambda steps, cfg: steps == 50 and cfg == 5.0,
 }
+
+
+def parse_samplers(words: Sequence[str]) -> list[dict[str, Any]]:
+    """`steps` and `cfg` of samplers that are written STEPS:CFG; `paper` is `SAMPLERS`.
+
+    Raises:
+        ValueError: a word is neither.
+    """
+    if list(words) == ["paper"]:
+        return [{"steps": steps, "cfg": cfg} for steps, cfg in SAMPLERS]
+    found = []
+    for word in words:
+        steps, _, cfg = word.partition(":")
+        try:
+            found.append({"steps": int(steps), "cfg": float(cfg)})
+        except ValueError:
+            found.append({"steps": 0})
+        if found[-1]["steps"] < 1:
+            raise ValueError(f"sampler {word} must be STEPS:CFG, for example 50:2.5, or paper")
+    return found
 
 
 class Setting(NamedTuple):

@@ -99,10 +99,13 @@ class Sampler:
         self._predict, self._assemble, self._channels = predict, assemble, channels
         self._use(settings)
 
-    def with_steps(self, steps: int) -> "Sampler":
-        """The same with another number of solver steps; encoders and decoder are shared."""
+    def with_settings(self, **changes: Any) -> "Sampler":
+        """The same with other `SampleSettings`; encoders and decoder are shared."""
+        settings = self.settings._replace(**changes)
+        if settings == self.settings:
+            return self  # with what it has compiled
         other = copy.copy(self)
-        other._use(self.settings._replace(steps=steps))
+        other._use(settings)
         return other
 
     def _use(self, settings: SampleSettings) -> None:

@@ -58,7 +58,7 @@ def row(
     settings = (word.lstrip("-").partition("=") for word in [*words, *flags])
     logged = [line["samples"] for line in training_log(folder) if "samples" in line]
     metrics: dict[str, Any] = {}
-    for content in evaluations.values():
+    for content in (one for whole in evaluations.values() for one in each(whole)):
         metrics = {**{k: v for k, v in content.items() if k != "settings"}, **metrics}
     return {
         "name": run.name,
@@ -72,6 +72,11 @@ def row(
         "metrics": metrics,
         "evaluations": evaluations,
     }
+
+
+def each(content: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """What `mmdit_jax.evaluate` wrote of one run: an object for each sampler and weights."""
+    return content.get("each", [content])
 
 
 def training_log(folder: str) -> list[dict[str, Any]]:

@@ -155,7 +155,9 @@ def straight(params, z, t, condition):
 
 def test_straight_paths_are_as_long_as_they_reach():
     sampler = make_sampler(straight)
-    found = path_length.path_length(sampler.with_steps, jnp.float32(2.0), ["0"] * 6)
+    found = path_length.path_length(
+        lambda n: sampler.with_settings(steps=n), jnp.float32(2.0), ["0"] * 6
+    )
     assert found["straightness"] == pytest.approx(1, abs=1e-5)
     assert found["path_length"] == pytest.approx(found["displacement"], rel=1e-5)
     # |eps - 2| of 48 dimensions
@@ -169,7 +171,7 @@ def test_a_curved_path_is_longer_and_few_steps_score_less():
         return jnp.stack([-20 * z[..., 1], 20 * z[..., 0], 0 * z[..., 2]], -1)
 
     found = path_length.path_length(
-        make_sampler(curved, devices=8).with_steps,
+        lambda n: make_sampler(curved, devices=8).with_settings(steps=n),
         jnp.float32(0),
         ["0", "1", "2"] * 3,
         lambda: clip_score.ClipScore(make_features(), FakeText()),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mmdit_jax.evaluation import ranking
-from mmdit_jax.evaluation.ranking import SAMPLERS, Scores
+from mmdit_jax.evaluation.ranking import SAMPLERS, Scores, parse_samplers
 
 
 def rows(scores, samplers=SAMPLERS, weights=("ema", "raw"), data=("imagenet", "cc12m")):
@@ -97,3 +97,14 @@ def test_a_result_that_is_absent_or_there_twice_is_named():
         ranking.average_ranks(table[:-1])
     with pytest.raises(ValueError, match="a has two rows of Setting.steps=50, cfg=1.0"):
         ranking.average_ranks([*table, table[0]])
+
+
+def test_samplers_are_written_as_steps_and_guidance():
+    assert parse_samplers(["50:2.5", "5:1"]) == [
+        {"steps": 50, "cfg": 2.5},
+        {"steps": 5, "cfg": 1.0},
+    ]
+    assert [tuple(each.values()) for each in parse_samplers(["paper"])] == list(SAMPLERS)
+    for wrong in ("50", "0:1", "a:1", "5:b", "paper"):
+        with pytest.raises(ValueError, match=f"sampler {wrong} must be STEPS:CFG"):
+            parse_samplers([wrong, "5:1"])
