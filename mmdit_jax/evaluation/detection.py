@@ -1,11 +1,12 @@
 """What GenEval looks with: an object detector of transformers, and CLIP for colours.
 
 The detector runs in torch (`pip install -e .[geneval]`), which is imported when one is made. The
-pictures come to it as its preprocessor_config.json says.
+pictures come to it as its own processor of transformers makes them (that of Pillow).
 """
 
 import importlib.util
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,21 +51,29 @@ class TransformersDetector:
         path = Path(folder) / "preprocessor_config.json"
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing; fetch it with the weights of the detector")
-        self._settings = strict_json.read_object(path, hf_folder.FETCH)
+        settings = strict_json.read_object(path, hf_folder.FETCH)
         labels = config.get("id2label")
         if not isinstance(labels, dict):
             raise ValueError(f"{folder}/config.json has no id2label; give a folder of a detector")
         import torch
-        from transformers import AutoModelForObjectDetection, AutoModelForUniversalSegmentation
+        from transformers import (
+            AutoImageProcessor,
+            AutoModelForObjectDetection,
+            AutoModelForUniversalSegmentation,
+        )
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()  # of loading
         self._torch, self._masks = torch, config.get("model_type") in SEGMENTERS
         kind = AutoModelForUniversalSegmentation if self._masks else AutoModelForObjectDetection
+        local = {"local_files_only": True, "trust_remote_code": False}
         try:
-            self._model = kind.from_pretrained(
-                str(folder), local_files_only=True, trust_remote_code=False, use_safetensors=True
+            self._processor = AutoImageProcessor.from_pretrained(
+                str(folder), backend="pil", **local
             )
-        except ValueError as error:
-            reason = str(error).splitlines()[0]
+            self._model = kind.from_pretrained(str(folder), use_safetensors=True, **local)
+        except (ValueError, ImportError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
             raise ValueError(f"{folder} is no detector of transformers ({reason})") from error
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model.to(self._device).eval()
@@ -74,45 +83,21 @@ class TransformersDetector:
         self.about = {
             "detector": config.get("model_type"),
             "weights": hf_folder.sha256(weights),
-            "preprocessing": self._settings,
+            "preprocessing": settings,
             "queries": MOST_QUERIES,
             "device": self._device,
         }
 
-    def _prepare(self, picture_HWC: np.ndarray) -> Any:
-        """(1, 3, h, w): resized to the shortest edge, at most the longest; normalised."""
-        settings = self._settings
-        height, width = picture_HWC.shape[:2]
-        size = settings.get("size", {})
-        if "height" in size:
-            new_height, new_width = size["height"], size["width"]
-        else:
-            short, long = size.get("shortest_edge", 800), size.get("longest_edge", 1333)
-            factor = min(short / min(height, width), long / max(height, width))
-            new_height, new_width = round(height * factor), round(width * factor)
-        resample = Image.Resampling(settings.get("resample", 2))
-        picture = Image.fromarray(picture_HWC).resize((new_width, new_height), resample)
-        x_HWC = np.asarray(picture, np.float32) / 255
-        x_HWC = (x_HWC - np.float32(settings["image_mean"])) / np.float32(settings["image_std"])
-        unit = settings.get("size_divisor") or 1
-        padding = ((0, -new_height % unit), (0, -new_width % unit), (0, 0))
-        x_HWC = np.pad(x_HWC, padding)
-        x = self._torch.from_numpy(x_HWC.transpose(2, 0, 1)[None].copy()).to(self._device)
-        return x, (new_height, new_width)
-
     def __call__(self, picture_HWC: np.ndarray) -> dict[str, Found]:
         """uint8 (H, W, 3) -> class -> boxes with confidences, and masks where there are some."""
-        torch = self._torch
-        pixels, inside = self._prepare(picture_HWC)
-        with torch.inference_mode():
-            outputs = self._model(pixel_values=pixels)
-            size = picture_HWC.shape[:2]
-            found = (
-                self._segments(outputs, tuple(pixels.shape[2:]), inside, size)
-                if self._masks
-                else self._boxes(outputs, size)
+        inputs = self._processor(Image.fromarray(picture_HWC), return_tensors="pt")
+        taken = inspect.signature(self._model.forward).parameters
+        with self._torch.inference_mode():
+            outputs = self._model(
+                **{name: x.to(self._device) for name, x in inputs.items() if name in taken}
             )
-        names, boxes_N5, masks_NHW = found
+            find = self._segments if self._masks else self._boxes
+            names, boxes_N5, masks_NHW = find(outputs, inputs, picture_HWC.shape[:2])
         return {
             name: Found(boxes_N5[rows], None if masks_NHW is None else masks_NHW[rows])
             for name in set(names)
@@ -120,7 +105,7 @@ class TransformersDetector:
         }
 
     def _segments(
-        self, outputs: Any, padded: tuple, inside: tuple, size: tuple
+        self, outputs: Any, inputs: Mapping[str, Any], size: tuple[int, int]
     ) -> tuple[list[str], np.ndarray, np.ndarray]:
         """Instances of a Mask2Former, as mmdet makes them of its queries.
 
@@ -134,8 +119,9 @@ class TransformersDetector:
         queries, labels = index // classes, index % classes
         logits = outputs.masks_queries_logits[0][queries].float()[:, None]
         resize = torch.nn.functional.interpolate
+        padded, inside = inputs["pixel_values"].shape[2:], inputs["pixel_mask"][0] > 0
         logits = resize(logits, size=padded, mode="bilinear", align_corners=False)
-        logits = logits[:, :, : inside[0], : inside[1]]
+        logits = logits[:, :, : int(inside[:, 0].sum()), : int(inside[0].sum())]
         logits = resize(logits, size=size, mode="bilinear", align_corners=False)[:, 0]
         masks = logits > 0
         area = masks.sum((1, 2))
@@ -149,14 +135,17 @@ class TransformersDetector:
                 boxes_N5[row, :4] = x.min(), y.min(), x.max() + 1, y.max() + 1
         return [self._names[int(label)] for label in labels], boxes_N5, masks_NHW
 
-    def _boxes(self, outputs: Any, size: tuple) -> tuple[list[str], np.ndarray, None]:
-        """Objects of a DETR: the likeliest class of each query, in pixels of the picture."""
-        scores, labels = outputs.logits[0].float().softmax(-1)[:, :-1].max(-1)
-        x, y, w, h = outputs.pred_boxes[0].float().unbind(-1)
-        corners = self._torch.stack([x - w / 2, y - h / 2, x + w / 2, y + h / 2], -1)
-        corners = corners.cpu().numpy() * np.array([size[1], size[0]] * 2, np.float32)
-        boxes_N5 = np.concatenate([corners, scores.cpu().numpy()[:, None]], 1)
-        return [self._names[int(label)] for label in labels], boxes_N5, None
+    def _boxes(
+        self, outputs: Any, inputs: Mapping[str, Any], size: tuple[int, int]
+    ) -> tuple[list[str], np.ndarray, None]:
+        """Objects of a detector of boxes, in pixels of the picture; its processor knows how."""
+        del inputs
+        found = self._processor.post_process_object_detection(
+            outputs, threshold=0.0, target_sizes=[size]
+        )[0]
+        columns = [found["boxes"], found["scores"][:, None]]
+        boxes_N5 = self._torch.cat(columns, 1).float().cpu().numpy()
+        return [self._names[int(label)] for label in found["labels"]], boxes_N5, None
 
 
 def crop(picture_HWC: np.ndarray, found: Object) -> np.ndarray:

@@ -133,7 +133,8 @@ def keep(found: Mapping[str, Found], tag: str) -> dict[str, list[Object]]:
     threshold = COUNTING_THRESHOLD if tag == "counting" else THRESHOLD
     kept = {}
     for name, (boxes_N5, masks_NHW) in found.items():
-        order = np.argsort(boxes_N5[:, 4])[::-1] if len(boxes_N5) else np.zeros(0, int)
+        boxes_N5 = np.reshape(boxes_N5, (-1, 5))  # an empty list is (0,)
+        order = np.argsort(boxes_N5[:, 4], kind="stable")[::-1]
         rest = [int(i) for i in order if boxes_N5[i, 4] > threshold][:MAX_OBJECTS]
         objects = []
         while rest:
@@ -152,7 +153,7 @@ def relations(a: Object, b: Object) -> set[str]:
     The offset of the centres, less a tenth of both sizes, must make up more than half of the
     distance in a direction.
     """
-    corners = np.array([a.box_5[:4], b.box_5[:4]], np.float64).reshape(2, 2, 2)
+    corners = np.array([a.box_5[:4], b.box_5[:4]]).reshape(2, 2, 2)
     offset_2 = corners[0].mean(0) - corners[1].mean(0)
     sizes_2 = np.abs(corners[:, 1] - corners[:, 0]).sum(0)
     beyond_2 = np.maximum(np.abs(offset_2) - POSITION_THRESHOLD * sizes_2, 0) * np.sign(offset_2)

@@ -1,18 +1,21 @@
 """Live comparison with transformers: CLIP's processor and both towers, detectors, colours."""
 
 import json
-import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines.stages.random_encoders import make_random_encoders
 from mmdit_jax import sharding
 from mmdit_jax.encoders import clip_image
 from mmdit_jax.evaluation import clip_score, detection, features
 from mmdit_jax.evaluation.geneval import COLORS, Object
+from tests.evaluation.random_networks import (
+    make_clip,
+    make_detr,
+    make_mask2former,
+    make_yolos,
+)
 
 pytestmark = pytest.mark.parity
 
@@ -26,25 +29,9 @@ def make_picture(seed: int, size: tuple[int, int]) -> np.ndarray:
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
     """The folder of a random CLIP with a tokenizer, and its model."""
-    torch = pytest.importorskip("torch")
-    from transformers import CLIPConfig, CLIPModel
-
+    pytest.importorskip("torch")
     folder = tmp_path_factory.mktemp("clip")
-    source = Path(make_random_encoders(folder / "text", CAPTIONS)["clip_l"])
-    text = json.loads((source / "config.json").read_text())
-    text = {name: value for name, value in text.items() if isinstance(value, int | str)}
-    vision = {"image_size": 32, "patch_size": 8, "hidden_size": 48, "intermediate_size": 64}
-    vision |= {"num_hidden_layers": 2, "num_attention_heads": 3}
-    torch.manual_seed(0)
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-    for file in source.iterdir():
-        if not (folder / file.name).exists() and file.suffix != ".safetensors":
-            shutil.copy(file, folder)
-    return folder, model
+    return folder, make_clip(folder, CAPTIONS)
 
 
 @pytest.mark.parametrize("size", [(57, 40), (31, 64), (32, 32), (200, 333)])
@@ -124,36 +111,85 @@ def test_an_object_is_cut_out_by_its_mask_on_grey():
     assert detection.crop(picture, Object(np.array([5, 4, 5, 4, 0.9]), None)).shape == (1, 1, 3)
 
 
-def test_boxes_of_a_detr_are_those_of_its_processor(tmp_path):
-    torch = pytest.importorskip("torch")
-    from transformers import YolosConfig, YolosForObjectDetection
-    from transformers.models.yolos.image_processing_pil_yolos import YolosImageProcessorPil
+LABELS = {0: "dog", 1: "mouse", 2: "tv"}
+NAMES = ("dog", "computer mouse", "tv")  # GenEval's
 
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    sizes |= {"intermediate_size": 32, "image_size": [64, 96], "patch_size": 16}
-    labels = {0: "dog", 1: "mouse", 2: "tv"}
-    config = YolosConfig(**sizes, num_detection_tokens=10, id2label=labels, num_labels=3)
-    model = YolosForObjectDetection(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    model.save_pretrained(tmp_path)
-    process = YolosImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 96})
-    process.save_pretrained(tmp_path)
+
+@pytest.mark.parametrize("make", [make_detr, make_yolos])
+@pytest.mark.parametrize("size", [(80, 120), (50, 67), (40, 150)])
+def test_boxes_are_those_of_the_detector_and_its_processor(make, size, tmp_path):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoImageProcessor
+
+    model = make(tmp_path, LABELS)
     detector = detection.TransformersDetector(tmp_path)
-    assert detector.classes == {"dog", "computer mouse", "tv"}
-    picture = make_picture(5, (80, 120))
+    assert detector.classes == set(NAMES)
+    picture = make_picture(5, size)
     found = detector(picture)
-    inputs = process(Image.fromarray(picture), return_tensors="pt")
+    process = AutoImageProcessor.from_pretrained(str(tmp_path), backend="pil")
+    pixels = process(Image.fromarray(picture), return_tensors="pt")["pixel_values"]
     with torch.no_grad():
-        outputs = model(pixel_values=inputs["pixel_values"])
-    expected = process.post_process_object_detection(
-        outputs, threshold=0.0, target_sizes=[picture.shape[:2]]
+        outputs = model(pixel_values=pixels)
+    scores, labels = outputs.logits[0].softmax(-1)[:, :-1].max(-1)
+    x, y, width, height = outputs.pred_boxes[0].T
+    corners = torch.stack([x - width / 2, y - height / 2, x + width / 2, y + height / 2], 1)
+    corners = corners * torch.tensor([size[1], size[0], size[1], size[0]])
+    assert len(corners.unique(dim=0)) == len(scores) and scores.std() > 1e-4
+    for label, name in enumerate(NAMES):
+        mine = labels == label
+        if mine.any():
+            boxes_N5 = found.pop(name).boxes_N5
+            np.testing.assert_allclose(boxes_N5[:, 4], scores[mine], rtol=1e-4)
+            np.testing.assert_allclose(boxes_N5[:, :4], corners[mine], atol=0.01)
+    assert not found
+
+
+def instances(processor, outputs, size) -> list[tuple[str, float, np.ndarray]]:
+    """What transformers makes of the outputs of a Mask2Former: class, confidence, pixels."""
+    kept = processor.post_process_instance_segmentation(
+        outputs, threshold=0.0, target_sizes=[size], return_binary_maps=True
     )[0]
-    rows = {"computer mouse": 1, "dog": 0, "tv": 2}
-    for name, each in found.items():
-        mine = expected["labels"] == rows[name]
-        np.testing.assert_allclose(each.boxes_N5[:, 4], expected["scores"][mine], atol=1e-4)
-        np.testing.assert_allclose(each.boxes_N5[:, :4], expected["boxes"][mine], atol=0.05)
-    assert sum(len(each.boxes_N5) for each in found.values()) == 10
+    masks = kept["segmentation"].numpy() > 0
+    segments = kept["segments_info"]
+    return [(NAMES[s["label_id"]], s["score"], m) for s, m in zip(segments, masks, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("size", "least_overlap", "tolerance"), [((384, 384), 1, 2e-6), ((768, 1000), 0.7, 2e-3)]
+)
+def test_instances_of_a_mask2former_are_those_of_its_processor(
+    size, least_overlap, tolerance, tmp_path
+):
+    """Exactly at 384 px, where it cuts masks off at 0; elsewhere it resizes them after that."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoImageProcessor
+
+    model = make_mask2former(tmp_path, LABELS)
+    detector = detection.TransformersDetector(tmp_path)
+    picture = make_picture(5, size)
+    found = detector(picture)
+    process = AutoImageProcessor.from_pretrained(str(tmp_path), backend="pil")
+    with torch.no_grad():
+        outputs = model(**process(Image.fromarray(picture), return_tensors="pt"))
+    expected = instances(process, outputs, size)
+    assert len(expected) == 12 and len({name for name, _, _ in expected}) > 1
+    assert len({mask_HW.sum() for _, _, mask_HW in expected}) > 6
+    for name, score, mask_HW in expected:
+        scores_N, masks_NHW = found[name].boxes_N5[:, 4], found[name].masks_NHW
+        overlap = (masks_NHW & mask_HW).sum((1, 2)) / (masks_NHW | mask_HW).sum((1, 2))
+        best = overlap.argmax()
+        assert overlap[best] >= least_overlap and abs(scores_N[best] - score) < tolerance
+    for each in found.values():
+        for box_5, mask_HW in zip(each.boxes_N5, each.masks_NHW, strict=True):
+            y, x = np.nonzero(mask_HW)
+            edges = (x.min(), y.min(), x.max() + 1, y.max() + 1) if len(x) else (0,) * 4
+            np.testing.assert_array_equal(box_5[:4], edges)
+
+
+def test_a_detector_that_transformers_cannot_load_is_a_mistake(tmp_path):
+    make_detr(tmp_path, LABELS)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["backbone_config"] = {"model_type": "timm_backbone", "backbone": "resnet50"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="is no detector of transformers .*timm"):
+        detection.TransformersDetector(tmp_path)

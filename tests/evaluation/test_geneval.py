@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mmdit_jax.evaluation import geneval
-from mmdit_jax.evaluation.geneval import Found, Object
+from mmdit_jax.evaluation.geneval import Found
 
 PICTURE = np.zeros((100, 100, 3), np.uint8)
 
@@ -175,26 +175,3 @@ def test_a_line_that_is_no_prompt_is_named(tmp_path, line, message):
     (tmp_path / "a.jsonl").write_text(json.dumps(PROMPT) + "\n" + line + "\n")
     with pytest.raises(ValueError, match=message):
         geneval.read_prompts(tmp_path / "a.jsonl")
-
-
-def reference_relations(a: np.ndarray, b: np.ndarray) -> set[str]:
-    """The rule in words of the paper, one direction at a time."""
-    centre = [((o[0] + o[2]) / 2, (o[1] + o[3]) / 2) for o in (a, b)]
-    sizes = [(abs(o[2] - o[0]), abs(o[3] - o[1])) for o in (a, b)]
-    distance = float(np.hypot(centre[0][0] - centre[1][0], centre[0][1] - centre[1][1]))
-    found = set()
-    for axis, (low, high) in enumerate([("left of", "right of"), ("above", "below")]):
-        offset = centre[0][axis] - centre[1][axis]
-        beyond = max(abs(offset) - 0.1 * (sizes[0][axis] + sizes[1][axis]), 0)
-        if distance and beyond / distance > 0.5:
-            found.add(low if offset < 0 else high)
-    return found
-
-
-def test_relations_of_a_thousand_boxes():
-    rng = np.random.default_rng(0)
-    for _ in range(1000):
-        corners = rng.uniform(0, 100, (2, 4)).astype(np.float32)
-        corners[:, 2:] = corners[:, :2] + rng.uniform(1, 60, (2, 2))
-        a, b = (Object(np.append(row, 1), None) for row in corners)
-        assert geneval.relations(a, b) == reference_relations(*corners.astype(np.float64))
