@@ -49,6 +49,6 @@ setup(
         "beam": ["apache-beam"],
         "parquet": ["pyarrow"],
         "dedup": ["faiss-cpu"],
-        "geneval": ["torch"],
+        "geneval": ["torch", "transformers>=5.5"],
     },
 )
