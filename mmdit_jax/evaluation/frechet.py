@@ -55,8 +55,9 @@ class Moments:
 def distance(a: Gaussian, b: Gaussian) -> float:
     """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) (Heusel et al. 2017, Eq. 6).
 
-    The trace of the root is that of (R C_b R)^(1/2), R = C_a^(1/2): symmetric, so eigenvalues are
-    real and never negative but by rounding.
+    With C = R R^T the trace of the root is the sum of the singular values of R_a^T R_b. Roots of
+    the eigenvalues of C_a C_b would each be off by 1e-8 where fewer pictures than features make
+    them zero, and there are many.
 
     Raises:
         ValueError: features of different widths.
@@ -66,13 +67,18 @@ def distance(a: Gaussian, b: Gaussian) -> float:
             f"features of width {len(a.mean_D)} and {len(b.mean_D)} cannot be compared; "
             "both must come from the same network"
         )
-    values_D, vectors_DD = np.linalg.eigh(a.covariance_DD)
-    root_DD = (vectors_DD * np.sqrt(np.maximum(values_D, 0))) @ vectors_DD.T
-    product_DD = root_DD @ b.covariance_DD @ root_DD
-    roots_D = np.sqrt(np.maximum(np.linalg.eigvalsh((product_DD + product_DD.T) / 2), 0))
+    product = _root(a.covariance_DD).T @ _root(b.covariance_DD)
+    singular = np.linalg.svd(product, compute_uv=False)
     offset_D = a.mean_D - b.mean_D
     traces = np.trace(a.covariance_DD) + np.trace(b.covariance_DD)
-    return float(offset_D @ offset_D + traces - 2 * roots_D.sum())
+    return float(offset_D @ offset_D + traces - 2 * singular.sum())
+
+
+def _root(covariance_DD: np.ndarray) -> np.ndarray:
+    """R of C = R R^T, (D, rank of C)."""
+    values_D, vectors_DD = np.linalg.eigh(covariance_DD)
+    above = values_D > values_D[-1] * len(values_D) * np.finfo(np.float64).eps  # not by rounding
+    return vectors_DD[:, above] * np.sqrt(values_D[above])
 
 
 def save(gaussian: Gaussian, path: str | Path) -> None:

@@ -63,11 +63,29 @@ def test_diagonal_covariances_have_a_closed_form():
     assert frechet.distance(a, a) == pytest.approx(0, abs=1e-12)
 
 
-def test_fewer_pictures_than_features_still_have_a_distance():
-    """Rank 9 of 32: eigenvalues that rounding makes negative are zero."""
-    a, b = (gaussian(make_features(seed, 10, 32)) for seed in (1, 2))
-    assert frechet.distance(a, b) == pytest.approx(frechet.distance(b, a), rel=1e-6)
-    assert abs(frechet.distance(a, a)) < 1e-5 * np.trace(a.covariance_DD)
+@pytest.mark.parametrize(("counts", "width"), [((10, 10), 32), ((50, 400), 256), ((2, 3), 5)])
+def test_fewer_pictures_than_features_have_the_distance_of_their_features(counts, width):
+    """tr (C_a C_b)^(1/2) is the sum of the singular values of X_a X_b^T, without any root."""
+    x, y = (make_features(seed, count, width) for seed, count in enumerate(counts, 1))
+    a, b = gaussian(x), gaussian(y)
+    product = (x - x.mean(0)) @ (y - y.mean(0)).T / np.sqrt((counts[0] - 1) * (counts[1] - 1))
+    expected = (
+        np.sum((x.mean(0) - y.mean(0)) ** 2)
+        + x.var(0, ddof=1).sum()
+        + y.var(0, ddof=1).sum()
+        - 2 * np.linalg.svd(product, compute_uv=False).sum()
+    )
+    assert frechet.distance(a, b) == pytest.approx(expected, rel=1e-10)
+    assert frechet.distance(b, a) == pytest.approx(expected, rel=1e-10)
+    assert abs(frechet.distance(a, a)) < 1e-10 * np.trace(a.covariance_DD)
+
+
+def test_features_that_do_not_vary_have_the_distance_of_their_means():
+    a, b = (gaussian(np.full((4, 3), value)) for value in (1.0, 3.0))
+    assert frechet.distance(a, b) == pytest.approx(12)
+    c = gaussian(make_features(1, 4, 3))
+    offset = np.sum((a.mean_D - c.mean_D) ** 2)
+    assert frechet.distance(a, c) == pytest.approx(offset + np.trace(c.covariance_DD))
 
 
 def test_statistics_of_another_network_are_refused():
