@@ -45,6 +45,7 @@ def get_config(argument: str = ""):
         depth=chosen.depth, resolution=chosen.resolution, text_length=chosen.text_length
     )
     config.batch_size = 1024
+    config.evaluation.grid = "midpoints" if chosen.shapes else "paper"
     config.model.backbone = chosen.backbone
     if chosen.shapes or chosen.tiny:
         presets.use_builtin_encoders(config, text_length=chosen.text_length)

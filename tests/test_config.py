@@ -43,6 +43,15 @@ def test_defaults_are_those_of_the_paper():
     assert load(FILES[0].with_name("mmdit.py"), "resolution=1024").flow.shift == 3.0
 
 
+def test_studies_validate_on_the_levels_of_the_paper():
+    for name in ("scaling", "backbones", "formulations"):
+        path = FILES[0].with_name(f"{name}.py")
+        evaluation = load(path).evaluation
+        assert (evaluation.grid, evaluation.levels) == ("paper", 8), name
+        assert load(path, "shapes").evaluation.grid == "midpoints"  # as configs/shapes.py
+    assert load(FILES[0].with_name("scaling.py")).evaluation.every == 50_000
+
+
 def test_training_and_sampling_shift_are_two_settings():
     """T2."""
     config = lib.default()
