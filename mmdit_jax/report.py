@@ -260,6 +260,11 @@ def sweep_results(workdir: str, rows: Sequence[Mapping[str, Any]]) -> str:
         ],
         numbers=range(1, len(header)),
     )
+    failures = [
+        page.note(f"{row['name']} failed, and is in no fit: {row['reason']}")
+        for row in rows
+        if results.failed(row)
+    ]
     found = study.examine(rows, loss=_LOSS.value, held_out=_HELD_OUT.value)
     drawn: dict[str, plot.Figure] = {}
     if found.points:
@@ -302,7 +307,7 @@ def sweep_results(workdir: str, rows: Sequence[Mapping[str, Any]]) -> str:
     files.write_whole(os.path.join(folder, "fits.json"), json.dumps(found.summary, indent=2) + "\n")
     text = study.describe(found.summary)
     print(text)
-    return page.section("Results", table) + page.section(
+    return page.section("Results", table, *failures) + page.section(
         "Fits", figures(*drawn.values()), f"<pre>{html.escape(text)}</pre>"
     )
 

@@ -14,7 +14,8 @@ results.jsonl there has a line for each that is trained and evaluated, and those
 the same command goes on where it stopped. `python -m mmdit_jax.report` shows what came out.
 
 The exit code is that of `mmdit_jax.train`: 75 and 128 or more: the same command again. A run that
-fails (1) does not keep the others from running.
+fails (1) does not keep the others from running. One that would fail again, since its loss is not
+finite, has a line too, and is started again with --retry_failed, or when the line is removed.
 """
 
 import json
@@ -30,7 +31,7 @@ from ml_collections import config_flags
 from mmdit_jax import command
 from mmdit_jax import config as config_lib
 from mmdit_jax.config import Config
-from mmdit_jax.scaling import execution, flops, plan
+from mmdit_jax.scaling import execution, flops, plan, results
 from mmdit_jax.training import state as state_lib
 from mmdit_jax.training.lock import Lock
 
@@ -51,6 +52,9 @@ _EVALUATE = flags.DEFINE_multi_string(
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the runs and what they cost, and exit.")
 _LAUNCH = flags.DEFINE_bool(
     "launch", False, "Print a file for launch/sweep.sh, one run a line, and exit."
+)
+_RETRY_FAILED = flags.DEFINE_bool(
+    "retry_failed", False, "Start the runs again whose results say that they failed."
 )
 _CHIP = flags.DEFINE_string("chip", "v5p", "For the cost: v4, v5e, v5p, v6e, tpu7x, A100, H100.")
 _UTILISATION = flags.DEFINE_float(
@@ -141,7 +145,8 @@ def main(argv: list[str]) -> int:
     jax.config.update("jax_platforms", "cpu")  # the accelerators are for the runs
     runs = plan_runs(_CONFIG.value, shared)
     if _DRY_RUN.value:
-        print(plan.table(runs, plan.find_chip(_CHIP.value), _UTILISATION.value))
+        states = results.states(_WORKDIR.value) if _WORKDIR.value else {}
+        print(plan.table(runs, plan.find_chip(_CHIP.value), _UTILISATION.value, states))
         return command.EXIT_OK
     if not _WORKDIR.value:
         raise ValueError("--workdir is missing; give a folder for the runs")
@@ -151,7 +156,9 @@ def main(argv: list[str]) -> int:
     workdir = os.path.abspath(_WORKDIR.value)
     evaluations = [words for text in _EVALUATE.value if (words := tuple(shlex.split(text)))]
     with Lock(workdir):
-        sweep = execution.Sweep(_CONFIG.value, tuple(shared), workdir, tuple(evaluations))
+        sweep = execution.Sweep(
+            _CONFIG.value, tuple(shared), workdir, tuple(evaluations), _RETRY_FAILED.value
+        )
         return execution.run(runs, sweep, execution.Children())
 
 

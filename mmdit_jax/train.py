@@ -29,6 +29,7 @@ from mmdit_jax.training import state as state_lib
 from mmdit_jax.training import workdir as workdir_lib
 from mmdit_jax.training.checkpoint import Checkpoints
 from mmdit_jax.training.goodput import Account
+from mmdit_jax.training.limits import Divergence
 from mmdit_jax.training.lock import Lock
 from mmdit_jax.training.loop import Hook, train
 from mmdit_jax.training.metrics import MetricWriter, kept_going
@@ -175,9 +176,17 @@ def main(argv: list[str]) -> int:
     first_process = jax.process_index() == 0
     profile = Profile(_PROFILE_STEPS.value, workdir, active=first_process)
     with Lock(workdir, active=first_process):
-        return train_run(
-            parts, mesh, loader, hooks, workdir, request, preemption, profile, make_step
-        )
+        if first_process:
+            workdir_lib.forget_failure(workdir)
+        try:
+            return train_run(
+                parts, mesh, loader, hooks, workdir, request, preemption, profile, make_step
+            )
+        except Divergence as failure:
+            if first_process:
+                with kept_going(workdir_lib.FAILURE_FILE):
+                    workdir_lib.write_failure(workdir, failure.step, str(failure))
+            raise
 
 
 def train_run(

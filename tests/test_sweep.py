@@ -66,6 +66,35 @@ def test_a_sweep_that_was_killed_goes_on_and_runs_nothing_twice(commands, data, 
 
 
 @pytest.mark.long
+def test_a_run_that_diverges_is_recorded_and_shown_and_not_repeated(commands, data, tmp_path):
+    workdir = tmp_path / "sweep"
+    words = [
+        # The weights grow a thousandfold with each step.
+        *sweep(data, workdir, "--each=config.optimizer.learning_rate=1000,1e-4", steps="40"),
+        "--config.optimizer.weight_decay=1",
+        "--config.faults.max_skipped=2",
+    ]
+    output = commands.run("mmdit_jax.sweep", *words, code=1)
+    assert "1 of 2 runs failed" in output and "--retry_failed" in output
+    rows = [json.loads(line) for line in (workdir / "results.jsonl").read_text().splitlines()]
+    first, second = rows
+    assert (first["status"], second["status"]) == ("failed", "done")
+    assert 2 <= first["step"] < 40 and f"step {first['step']}: update skipped" in first["reason"]
+    assert "2 in a row" in first["reason"] and first["metrics"] == {}
+    before = starts(workdir)
+
+    output = commands.run("mmdit_jax.sweep", *words, code=1)
+    assert f"failed before: {first['reason']}" in output
+    assert starts(workdir) == before
+    output = commands.run("mmdit_jax.sweep", *words, "--dry_run")
+    state = dict(re.findall(r"^(depth\S+) .*  (done|failed at step \d+)$", output, re.MULTILINE))
+    assert list(state.values()) == [f"failed at step {first['step']}", "done"]
+    commands.run("mmdit_jax.report", str(workdir))
+    text = (workdir / "report.html").read_text()
+    assert f"{first['name']} failed, and is in no fit: step {first['step']}" in text
+
+
+@pytest.mark.long
 def test_a_second_sweep_is_refused_and_sigterm_saves_the_run_and_ends_with_75(
     commands, data, tmp_path
 ):

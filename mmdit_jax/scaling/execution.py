@@ -2,7 +2,8 @@
 
 A run is trained and evaluated by the commands themselves, so that it is what one alone would be. It
 is done when it has a line of results with every evaluation that is asked for; what is there
-already (a trained run, the file of an evaluation) is not made again.
+already (a trained run, the file of an evaluation) is not made again. Nor is a run whose line says
+that it failed, unless that is asked for.
 """
 
 import hashlib
@@ -43,12 +44,14 @@ class Sweep(NamedTuple):
         flags: `--config.NAME=VALUE` of every run.
         workdir: folder of the runs' folders, absolute.
         evaluations: flags of each call of `mmdit_jax.evaluate` on a run.
+        retry_failed: start runs again that failed before.
     """
 
     config: str
     flags: tuple[str, ...]
     workdir: str
     evaluations: tuple[tuple[str, ...], ...]
+    retry_failed: bool = False
 
 
 class Children:
@@ -89,7 +92,7 @@ def execute(run: plan.Run, sweep: Sweep, children: Children) -> tuple[int, dict[
     """Trains a run to its end and evaluates it.
 
     Returns:
-        An exit code, and the line of results when it is 0.
+        An exit code, and the line of results when it is 0 or the training failed for good.
     """
     folder = os.path.join(sweep.workdir, run.name)
     spec, own = plan.with_arguments(sweep.config, run.words)
@@ -101,6 +104,8 @@ def execute(run: plan.Run, sweep: Sweep, children: Children) -> tuple[int, dict[
         f"--workdir={folder}",
         "--resume=auto",
     )
+    if code == FAILED and (failure := results.read_failure(folder)):
+        return code, results.row(run, sweep.config, settings, folder, {}, failure)
     found = {}
     for words in sweep.evaluations:
         path = evaluation_file(folder, words)
@@ -122,7 +127,7 @@ def run(runs: Sequence[plan.Run], sweep: Sweep, children: Children) -> int:
 
     Returns:
         0; the exit code of a run that did not end well, at once; 75 after SIGTERM; 1, when all
-        others are made, if runs ended with 1.
+        others are made, if runs ended with 1, now or before.
 
     Raises:
         ValueError: the workdir holds another sweep.
@@ -139,7 +144,13 @@ def run(runs: Sequence[plan.Run], sweep: Sweep, children: Children) -> int:
     failed = []
     for number, each in enumerate(runs, 1):
         place = f"run {number}/{len(runs)} {each.name}"
-        if each.name in rows and wanted <= rows[each.name]["evaluations"].keys():
+        before = rows.get(each.name, {})
+        if results.failed(before):
+            if not sweep.retry_failed:
+                failed.append(each.name)
+                logging.error("%s failed before: %s", place, before.get("reason"))
+                continue
+        elif before and wanted <= before["evaluations"].keys():
             logging.info("%s: done before", place)
             continue
         logging.info("%s: %d steps", place, each.steps)
@@ -152,11 +163,16 @@ def run(runs: Sequence[plan.Run], sweep: Sweep, children: Children) -> int:
         elif code:
             logging.error("%s ended with exit code %d", place, code)
             return code
-        else:
+        if row:
             rows[each.name] = row
             results.write(sweep.workdir, [rows[r.name] for r in runs if r.name in rows])
     if failed:
-        logging.error("%d of %d runs failed: %s", len(failed), len(runs), ", ".join(failed))
+        logging.error(
+            "%d of %d runs failed: %s; --retry_failed starts those again that failed before",
+            len(failed),
+            len(runs),
+            ", ".join(failed),
+        )
         return FAILED
     logging.info("%d runs in %s", len(runs), os.path.join(sweep.workdir, results.FILE))
     return os.EX_OK

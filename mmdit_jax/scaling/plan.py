@@ -139,8 +139,10 @@ def find_chip(name: str) -> chips.Chip:
     return known[name]
 
 
-def table(runs: Sequence[Run], chip: chips.Chip, utilisation: float) -> str:
-    """Lines for a terminal, with what the cost assumes."""
+def table(
+    runs: Sequence[Run], chip: chips.Chip, utilisation: float, states: Mapping[str, str]
+) -> str:
+    """Lines for a terminal, with what the cost assumes; `states`: what became of a run, by name."""
     width = max(len(run.name) for run in runs)
     lines = [
         f"{'run':{width}}  {'parameters':>15}  {'FLOP/step':>10}  {'steps':>10}  "
@@ -151,6 +153,7 @@ def table(runs: Sequence[Run], chip: chips.Chip, utilisation: float) -> str:
         lines.append(
             f"{run.name:{width}}  {run.parameters:15,}  {run.flops_per_step:10.3e}  "
             f"{run.steps:10,}  {run.steps * run.batch_size:15,}  {run.flops:10.3e}  {hours:11.4g}"
+            + (f"  {states[run.name]}" if run.name in states else "")
         )
     total = sum(run.flops for run in runs)
     peak = chip.bf16_flops * chip.devices_per_chip

@@ -19,7 +19,18 @@ NAMED = 64  # sample ids in a message
 
 
 class Divergence(RuntimeError):
-    """The loss or the gradient is not finite, or far too large, and does not recover."""
+    """The loss or the gradient is not finite, or far too large, and does not recover.
+
+    The same command would end at the same step again.
+
+    Attributes:
+        step: of training, at which it ended.
+    """
+
+    def __init__(self, step: int, reason: str):
+        """`reason`: without the step."""
+        super().__init__(f"step {step}: {reason}")
+        self.step = step
 
 
 class TooManyFaults(RuntimeError):
@@ -114,13 +125,13 @@ class FaultLimits:
         spike = np.isfinite(loss) and np.isfinite(grad_norm)
         ids = self._loader.sample_ids(step - 1)[:NAMED].tolist()
         found = (
-            f"step {step}: update skipped, {'a spike of ' if spike else ''}loss {loss:.6g}, "
+            f"update skipped, {'a spike of ' if spike else ''}loss {loss:.6g}, "
             f"gradient norm {grad_norm:.6g}; samples {ids}"
         )
         in_a_row = int(metrics["skipped_in_a_row"])
         if in_a_row < self._max_skipped:
             if jax.process_index() == 0:
-                logging.warning("%s (%d in a row)", found, in_a_row)
+                logging.warning("step %d: %s (%d in a row)", step, found, in_a_row)
             return
         self._saver.wait()  # a save that is under way is of good parameters
         before = step - in_a_row
@@ -133,6 +144,7 @@ class FaultLimits:
             f"with --rollback_to={good} --skip_batches={number(before)}:{number(step)}"
         )
         raise Divergence(
+            step,
             f"{found}; that is {in_a_row} in a row (faults.max_skipped={self._max_skipped}). None "
-            f"of them is in the parameters; {again}, or lower optimizer.learning_rate"
+            f"of them is in the parameters; {again}, or lower optimizer.learning_rate",
         )

@@ -42,6 +42,7 @@ FREE = (
 WARNED = ("steps",)
 # May differ between the processes of one job: where each finds the files, and how it reads them.
 PER_HOST = ("data.path", "data.autoencoder", "data.threads", "data.prefetch")
+FAILURE_FILE = "failure.json"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -221,3 +222,14 @@ def _complete(saved: dict[str, Any]) -> dict[str, Any]:
         return defaults | filled
 
     return fill(saved, config_lib.to_json(config_lib.default()))
+
+
+def write_failure(workdir: str, step: int, reason: str) -> None:
+    """Leaves for a sweep why training ended and would end again."""
+    text = json.dumps({"step": step, "reason": reason}) + "\n"
+    Path(workdir, FAILURE_FILE).write_text(text, encoding="utf-8")
+
+
+def forget_failure(workdir: str) -> None:
+    """A new start knows nothing of how the last one ended."""
+    Path(workdir, FAILURE_FILE).unlink(missing_ok=True)

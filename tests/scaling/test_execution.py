@@ -12,6 +12,8 @@ import pytest
 from mmdit_jax.scaling import execution, plan, results
 from tests.commands.running import ROOT
 
+DIVERGES = -1  # 1, and training says that it would end there again
+
 
 class Pretended:
     """Writes what training and evaluation write, and counts the calls."""
@@ -26,6 +28,14 @@ class Pretended:
         code = self.ends.get(f"{command} {os.path.basename(folder)}", 0)
         if code == 75:
             self.stopping = True
+        failure = os.path.join(folder, "failure.json")
+        if command == "train" and os.path.exists(failure):
+            os.remove(failure)  # as a start does
+        if code == DIVERGES:
+            os.makedirs(folder, exist_ok=True)
+            with open(failure, "w") as file:
+                json.dump({"step": 7, "reason": "step 7: loss nan"}, file)
+            return 1
         if code:
             return code
         if command == "train":
@@ -89,6 +99,42 @@ def test_a_failure_costs_one_run_and_everything_else_ends_the_sweep(sweep):
     assert execution.run(RUNS, sweep, mended) == 0
     assert mended.calls == [("train", "depth-1"), ("evaluate", "depth-1")]
     assert [row["name"] for row in results.read(sweep.workdir)] == [run.name for run in RUNS]
+
+
+def test_a_run_that_diverges_has_a_line_and_is_not_repeated_until_that_is_asked_for(sweep):
+    assert execution.run(RUNS, sweep, Pretended({"train depth-1": DIVERGES})) == 1
+    rows = results.read(sweep.workdir)
+    assert [row["status"] for row in rows] == ["failed", "done", "done"]
+    assert (rows[0]["step"], rows[0]["reason"]) == (7, "step 7: loss nan")
+    assert rows[0]["metrics"] == rows[0]["evaluations"] == {}
+    assert results.states(sweep.workdir)["depth-1"] == "failed at step 7"
+    again = Pretended()
+    for evaluations in ((LOSS,), ()):
+        assert execution.run(RUNS, sweep._replace(evaluations=evaluations), again) == 1
+    assert again.calls == []
+
+    path = os.path.join(sweep.workdir, results.FILE)
+    lines = open(path).read()
+    diverging = Pretended({"train depth-1": DIVERGES})
+    assert execution.run(RUNS, sweep._replace(retry_failed=True), diverging) == 1
+    assert diverging.calls == [("train", "depth-1")] and open(path).read() == lines
+    results.write(sweep.workdir, rows[1:])  # the line is removed
+    assert execution.run(RUNS, sweep, diverging) == 1
+    assert len(diverging.calls) == 2 and open(path).read() == lines
+    mended = Pretended()
+    assert execution.run(RUNS, sweep._replace(retry_failed=True), mended) == 0
+    assert mended.calls == [("train", "depth-1"), ("evaluate", "depth-1")]
+    assert [row["status"] for row in results.read(sweep.workdir)] == ["done"] * 3
+    assert "reason" not in results.read(sweep.workdir)[0]
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"step": null, "reason": ""}', "[]"])
+def test_a_failure_that_is_not_legible_is_tried_again(sweep, text):
+    folder = os.path.join(sweep.workdir, "depth-1")
+    os.makedirs(folder)
+    with open(os.path.join(folder, "failure.json"), "w") as file:
+        file.write(text)
+    assert results.read_failure(folder) is None
 
 
 def test_an_evaluation_that_was_cut_off_counts_for_nothing(sweep):

@@ -68,8 +68,11 @@ def test_cost_is_flops_over_peak_and_utilisation():
     assert plan.find_chip("H100") is chips.DEVICE_KINDS["NVIDIA H100 80GB HBM3"]
     with pytest.raises(ValueError, match="--chip=v9"):
         plan.find_chip("v9")
-    text = plan.table([run_of("depth=1"), run_of("depth=2")], chip, 0.4)
+    states = {"depth-2": "failed at step 7"}
+    text = plan.table([run_of("depth=1"), run_of("depth=2")], chip, 0.4, states)
     assert "2 runs, 2000 FLOP" in text and "40%" in text and "459 TFLOP/s" in text
+    ends = [line.rsplit("  ", 1)[1] for line in text.splitlines()[1:3]]
+    assert float(ends[0]) > 0 and ends[1] == "failed at step 7"
 
 
 def test_another_sweep_is_refused_with_both_values():

@@ -78,6 +78,15 @@ def test_minima_of_budgets_give_the_best_size():
     assert "geneval/overall" not in found.summary["correlations"]  # does not vary
 
 
+def test_a_run_that_failed_is_in_no_fit():
+    failed = {**row("d9", 1e8, 1e6, 1e13, loss=9.0), "status": "failed", "metrics": {}}
+    found = study.examine([*fixed_data(), failed], bootstraps=20)
+    assert [point.name for point in found.points] == [f"d{d}" for d in (1, 2, 3, 4, 6, 8)]
+    assert found.summary["held_out"]["run"] == "d8" and found.summary["runs"] == 6
+    with pytest.raises(ValueError, match="--held_out=d9 has no"):
+        study.examine([*fixed_data(), failed], held_out="d9")
+
+
 def test_too_few_runs_are_said_to_be_too_few():
     found = study.examine(fixed_data((1, 2)))
     assert found.law is None and "4 or more" in found.summary["L(C)"]["left_out"]
