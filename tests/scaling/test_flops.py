@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import flax.linen as nn
 import jax
@@ -60,6 +61,44 @@ def within_one_percent(depth, backbone="mmdit", dual=0):
         **SD3,
     )
     assert closed <= counted(model.apply, params, *inputs) < 1.01 * closed
+
+
+def products(jaxpr) -> int:
+    """FLOPs of the matrix products of a program, those inside a scan as often as it runs."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            terms = math.prod(equation.invars[0].aval.shape[i] for i in contracted)
+            total += 2 * terms * math.prod(equation.outvars[0].aval.shape)
+        times = equation.params["length"] if equation.primitive.name == "scan" else 1
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            total += times * products(inner) if hasattr(inner, "eqns") else 0
+    return total
+
+
+@pytest.mark.parametrize(
+    ("backbone", "depth", "dual"),
+    [*((name, 3, 0) for name in BACKBONES), ("uvit", 4, 0), ("mmdit", 4, 2), ("mmdit3", 4, 2)],
+)
+def test_closed_forms_are_exactly_the_products_of_the_program(backbone, depth, dual):
+    """With the blocks under their scan, as they train; pictures that are not square."""
+    own = {"dual_attention_layers": dual} if dual else {}
+    if backbone == "mmdit3":
+        own["clip_tokens"] = 5
+    model = BACKBONES[backbone](depth=depth, attention="xla", **own)
+    inputs = [zeros(1, 8, 12, 16), zeros(1), zeros(1, 11, 4096), zeros(1, 2048)]
+    params = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+    closed = flops.backbone_forward(
+        backbone=backbone,
+        depth=depth,
+        image_tokens=24,
+        text_tokens=11,
+        dual_attention_layers=dual,
+        **SD3,
+    )
+    assert products(jax.make_jaxpr(model.apply)(params, *inputs).jaxpr) == closed
 
 
 def test_closed_form_of_mmdit_is_within_one_percent_of_xla():
