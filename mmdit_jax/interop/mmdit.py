@@ -324,6 +324,8 @@ def check_diffusers_config(config: Mapping[str, Any], sizes: Sizes, folder: obje
             f"{folder}/config.json is of {config.get('_class_name')!r}; give the folder of an "
             "SD3Transformer2DModel, or a pipeline folder that holds it as transformer/"
         )
+    if config.get("out_channels", 0) is None:  # they are those that come in
+        config = {**config, "out_channels": config.get("in_channels", sizes.channels)}
     different = [
         f"{name} is {config[name]!r}, the weights say {ours!r}"
         for name, ours in diffusers_config(sizes).items()

@@ -291,6 +291,7 @@ def test_shards_have_an_index_and_load_like_one_file(tmp_path):
 def test_the_config_of_diffusers_is_checked_against_the_weights():
     config = interop.diffusers_config(VARIANTS["dual"])
     interop.check_diffusers_config({**config, "sample_size": 1}, VARIANTS["dual"], "here")
+    interop.check_diffusers_config({**config, "out_channels": None}, VARIANTS["dual"], "here")
     wrong = {**config, "qk_norm": None, "num_layers": 5}
     with pytest.raises(ValueError, match=r"here.*num_layers is 5.* 4.*qk_norm is None"):
         interop.check_diffusers_config(wrong, VARIANTS["dual"], "here")
