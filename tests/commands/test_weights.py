@@ -125,6 +125,21 @@ def test_training_starts_from_an_import(commands, data, imported, tmp_path):
     assert "init_adapt: the position grid is 200" in said
 
 
+def test_an_import_that_fails_leaves_nothing(commands, tmp_path):
+    """What is bundled is extracted first, and then a weight turns out to be no number."""
+    sizes = Sizes(1, 16, 2, True, 0, 192, 64, 4096, 2048)
+    file, workdir = tmp_path / "sd3.safetensors", tmp_path / "run"
+    write_file(file, list(stored(random_params(sizes), "sd3", sizes, np.dtype(np.float16))))
+    tensors, clip = load_file(file), draw(clip_names(False))
+    tensors |= {f"text_encoders.clip_l.transformer.{name}": clip[name] for name in clip}
+    tensors["model.diffusion_model.final_layer.linear.bias"][0] = np.nan
+    save_file(tensors, file)
+    arguments = ["import", "--format=sd3", f"--input={file}", f"--output={workdir}"]
+    said = commands.run("mmdit_jax.weights", *arguments, code=2)
+    assert "clip_l extracted to" in said and "not finite" in said
+    assert not workdir.exists()
+
+
 def test_a_file_that_bundles_encoders_needs_no_data_set(commands, tmp_path):
     """At the widths of SD3; the encoders go to folders that the manifest names."""
     sizes = Sizes(1, 16, 2, True, 0, 192, 64, 4096, 2048)
