@@ -183,6 +183,7 @@ def default(*, depth: int = 24, resolution: int = 256, text_length: int = 77) ->
                 "qk_norm": False,  # added to a model without
                 "position_grid": False,  # another size or another native resolution
                 "channels": False,  # more, the new ones zero
+                "autoencoder": False,  # latents of another one, or of another scale or shift
             },
         }
     )

@@ -170,7 +170,7 @@ def main(argv: list[str]) -> int:
     fingerprint = {"the fingerprint of the data set": loader.manifest.fingerprint()}
     hosts.require_same("data", fingerprint, seconds=300)  # a large manifest takes its time
     if config.init_from and not os.path.exists(os.path.join(workdir, "config.json")):
-        trained_run.check_init_from(config)
+        trained_run.check_init_from(config, loader.manifest)
     make_step = executable.load(_EXECUTABLE.value, config, mesh) if _EXECUTABLE.value else compiled
     hooks = make_hooks(parts, mesh, loader, workdir)
     first_process = jax.process_index() == 0
@@ -231,7 +231,7 @@ def train_run(
         watchdog.progress("initializing the state")
         state = state_lib.init_state(config, optimizer, plan)
         if config.init_from:
-            state = trained_run.init_from(config, state, plan)
+            state = trained_run.init_from(config, state, plan, loader.manifest)
     step = int(state.step)
 
     train_step = run.make_step(parts, optimizer, loader.manifest.autoencoder)

@@ -87,25 +87,38 @@ def restore_weights(
         raise ValueError(f"{workdir}: {error}; put back a copy") from error
 
 
-def check_init_from(config: Config) -> None:
+def check_init_from(config: Config, manifest: Manifest) -> list[str]:
     """Refuses an `init_from` whose model differs in what `init_adapt` does not allow.
+
+    Args:
+        config: of the run that is to start.
+        manifest: of its data set.
+
+    Returns:
+        The differences that are allowed, for people.
 
     Raises:
         FileNotFoundError: that workdir is no run.
-        ValueError: every difference (see `warm_start.check`).
+        ValueError: every other difference (see `warm_start.check` and `check_latents`).
     """
-    warm_start.check(read_config(config.init_from), config)
+    allowed = warm_start.check(read_config(config.init_from), config)
+    theirs = Manifest.load(config.init_from, check_shards=False).autoencoder
+    return allowed + warm_start.check_latents(theirs, manifest.autoencoder, config)
 
 
-def init_from(config: Config, state: state_lib.TrainState, plan: state_lib.StatePlan):
+def init_from(
+    config: Config, state: state_lib.TrainState, plan: state_lib.StatePlan, manifest: Manifest
+) -> state_lib.TrainState:
     """A fresh state with the newest EMA weights (raw, where there is no EMA) of another run.
+
+    `manifest` is that of the run's data set.
 
     Raises:
         FileNotFoundError: that workdir has no checkpoint.
         ValueError: its model differs in what `init_adapt` does not allow.
     """
     source = read_config(config.init_from)
-    for difference in warm_start.check(source, config):
+    for difference in check_init_from(config, manifest):
         logging.info("init_adapt: %s", difference)
     weights = "ema" if source.ema.decay > 0 else "raw"
     mesh = jax.tree.leaves(plan.shardings.params)[0].mesh

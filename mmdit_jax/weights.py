@@ -13,9 +13,12 @@ takes the pipeline around it); sd3 is the single file of the release. Both run o
 well, started as `train` is.
 """
 
+import contextlib
 import json
 import math
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import flax.linen as nn
@@ -43,6 +46,7 @@ DTYPES = {
 }
 WAIT_S = 24 * 3600.0  # for the other processes, which may read a slow file system
 STEM = "diffusion_pytorch_model"
+ENCODERS = "encoders"  # folder in a workdir of the networks that a single file bundles
 
 _FORMAT = flags.DEFINE_enum("format", None, interop.FORMATS, "Of the files that are not ours.")
 _INPUT = flags.DEFINE_string("input", None, "import: file or folder. export: workdir of a run.")
@@ -84,13 +88,39 @@ def import_weights() -> str:
     if of_diffusers:
         described = described or _read_diffusers_config(source)  # which refuses a file
         interop.check_diffusers_config(described, sizes, source)
+    abstract = nn.meta.unbox(interop.abstract_params(sizes))
+    interop.check(tensors, _FORMAT.value, sizes, abstract)
+    hosts.barrier("writing into --output", WAIT_S)  # all have looked whether it is free
+    with _all_or_nothing(workdir):
+        count = _write_run(tensors, pipeline, sizes, workdir)
+    return f"{count:,} parameters of {source} in {workdir}: {dict(sizes._asdict())}"
+
+
+@contextlib.contextmanager
+def _all_or_nothing(workdir: str) -> Iterator[None]:
+    """Removes what an import has written if it fails; what was there before stays."""
+    folders = [os.path.join(workdir, name) for name in (ENCODERS, "checkpoints")]
+    ours = [folder for folder in folders if not os.path.exists(folder)]
+    try:
+        yield
+    except BaseException:
+        if jax.process_index() == 0:
+            for folder in ours:
+                shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                os.rmdir(workdir)
+        raise
+
+
+def _write_run(tensors: Tensors, pipeline: Path | None, sizes: Sizes, workdir: str) -> int:
+    """Makes the run of an import; returns how many parameters it has."""
+    source = tensors.path.absolute()
     if _DATA.value:
         manifest = Manifest.load(_DATA.value, check_shards=False)
     else:
-        hosts.barrier("writing into --output", WAIT_S)  # all have looked whether it is free
         folders = _networks(tensors, pipeline, workdir)
         records = {name: bundle.describe(name, folder) for name, folder in folders.items()}
-        manifest = manifest_of(sizes, records, str(source.absolute()))
+        manifest = manifest_of(sizes, records, str(source))
     config = config_of(sizes, manifest, _DATA.value, pipeline)
     if sizes.pos_embed == interop.STORED_POSITIONS:
         logging.info(
@@ -103,10 +133,10 @@ def import_weights() -> str:
     params = interop.load(tensors, _FORMAT.value, sizes, nn.meta.unbox(boxed), placed)
     count = state_lib.count_parameters(params)
     hosts.barrier("saving", WAIT_S)
-    save_weights(workdir, params, {"source": str(source.absolute())})
+    save_weights(workdir, params, {"source": str(source)})
     if jax.process_index() == 0:
         workdir_lib.write_identity(workdir, config, manifest)
-    return f"{count:,} parameters of {source} in {workdir}: {dict(sizes._asdict())}"
+    return count
 
 
 def _native(described: dict | None, data: str) -> int:
@@ -137,7 +167,7 @@ def _networks(tensors: Tensors, pipeline: Path | None, workdir: str) -> dict[str
     if _FORMAT.value != "sd3":
         return {}
     names = bundle.bundled(tensors)
-    folders = {name: Path(workdir, "encoders", name) for name in names}
+    folders = {name: Path(workdir, ENCODERS, name) for name in names}
     for name, folder in folders.items() if jax.process_index() == 0 else ():
         bundle.extract(tensors, name, folder)
         logging.info("%s extracted to %s", name, folder)

@@ -155,7 +155,8 @@ def planned_layout(
     half = np.dtype(np.float16)
     height, width, channels = latent
     stored = (height, width, 2 * channels if kind == "moments" else channels)
-    layout = {"latent": (stored, np.dtype(np.uint8) if kind == "pixels" else half)}
+    # As the pipeline writes them: bytes of pictures, or what an autoencoder returns.
+    layout = {"latent": (stored, np.dtype(np.uint8 if kind == "pixels" else np.float32))}
     for name, about in text_encoders.items():
         layout[f"text/{name}/sequence"] = ((about["length"], about["width"]), half)
         if text_storage == "trimmed":

@@ -27,7 +27,7 @@ def write(directory: str | os.PathLike, expected: Mapping[str, Any], records: in
     shape = (side, side, autoencoder["channels"] * (2 if kind == "moments" else 1))
 
     def record(number: int) -> dict[str, Any]:
-        latent = rng.standard_normal(shape, np.float32).astype(np.float16)
+        latent = rng.standard_normal(shape, np.float32)
         if kind == "pixels":
             latent = rng.integers(0, 256, shape, np.uint8)
         fields = {

@@ -31,6 +31,9 @@ KERNEL_AXES = {2: (1, 0), 4: (3, 2, 0, 1)}
 
 EACH_LAYER = "{layer}"
 
+# Types of weights as safetensors calls them. What is narrower has scales, or needs them.
+STORED = ("F64", "F32", "F16", "BF16")
+
 # What the weights are called: by transformers, by diffusers.
 STEMS = ("model", "diffusion_pytorch_model")
 FETCH = "fetch it again"
@@ -76,16 +79,14 @@ def weight_files(folder: str | Path) -> list[Path]:
     for stem in STEMS:
         index = folder / f"{stem}.safetensors.index.json"
         if index.is_file():
-            names = _indexed(index)
-            missing = [name for name in names if not (folder / name).is_file()]
-            if missing:
-                raise FileNotFoundError(
-                    f"{index} names {missing}, which are missing; fetch them again"
-                )
-            return [folder / name for name in names]
+            return _shards(index)
         if (folder / f"{stem}.safetensors").is_file():
             return [folder / f"{stem}.safetensors"]
     files = sorted(folder.glob("*.safetensors"))
+    # What `save_pretrained(variant="fp16")` writes; a single file of that kind needs no index.
+    for index in folder.glob("*.safetensors.index.*.json"):
+        if (shards := _shards(index)) == files:
+            return shards
     if not files:
         raise FileNotFoundError(
             f"{folder} holds no *.safetensors; save the model in that format "
@@ -97,6 +98,15 @@ def weight_files(folder: str | Path) -> list[Path]:
             f"{STEMS[0]}.safetensors"
         )
     return files
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names; raises FileNotFoundError if some are missing."""
+    names = _indexed(index)
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{index} names {missing}, which are missing; fetch them again")
+    return [index.parent / name for name in names]
 
 
 def _indexed(index: Path) -> list[str]:
@@ -233,6 +243,11 @@ def load_params(
                 if name in found:
                     raise ValueError(f"{file} holds {name} a second time; remove one")
                 found[name] = tensors.get_slice(stored_name)
+                if (kind := found[name].get_dtype()) not in STORED:
+                    raise ValueError(
+                        f"{stored_name} in {file} is stored as {kind}; known are "
+                        f"{', '.join(STORED)}: save the model in one of them"
+                    )
                 shape, stored_shape = wanted[name].shape, tuple(found[name].get_shape())
                 # Old autoencoders store the matrices of their attention as 1x1 convolutions.
                 as_convolution = len(shape) == 2 and stored_shape == (*shape, 1, 1)

@@ -105,6 +105,8 @@ def extract(tensors: Tensors, name: str, folder: str | Path) -> Path:
         ) from error
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob("*.safetensors*"):  # by an import that was killed
+        left.unlink()
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     check_names(shapes, _expected(name, folder), f"the {name} in {tensors.path}")
 

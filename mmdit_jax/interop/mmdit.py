@@ -155,6 +155,34 @@ def infer_sizes(tensors: Tensors, format: str, native: int = RELEASED_NATIVE) ->
     )
 
 
+def check(tensors: Tensors, format: str, sizes: Sizes, abstract: Any) -> list[Entry]:
+    """Compares all names and shapes with those of the model; reads no tensor.
+
+    Args:
+        tensors: the opened file.
+        format: a name in `FORMATS`.
+        sizes: of `infer_sizes`.
+        abstract: shapes of our parameters.
+
+    Returns:
+        What the tensors are; the position table only where it is one of our parameters.
+
+    Raises:
+        ValueError: missing or unexpected weights, or other shapes.
+    """
+    prefix = prefix_of(tensors, format)
+    table = entries(abstract, format, sizes.patch, prefix)
+    grid = (1, sizes.pos_embed_max_size**2, HEAD_SIZE * sizes.depth)
+    expected = {entry.name: entry.shape for entry in table}
+    expected[f"{prefix}{named(POSITIONS, format)}"] = grid
+    others = OTHER_PREFIXES if format == "sd3" else ()
+    found = {
+        name: tensors.shape(name) for name in tensors.names() if not name.startswith(others or "\0")
+    }
+    check_names(found, expected, tensors.path)
+    return table
+
+
 def load(tensors: Tensors, format: str, sizes: Sizes, abstract: Any, shardings: Any) -> Any:
     """Reads our parameters, each device's part of them and nothing else, in float32.
 
@@ -173,17 +201,7 @@ def load(tensors: Tensors, format: str, sizes: Sizes, abstract: Any, shardings: 
     Raises:
         ValueError: missing or unexpected weights, other shapes, or values that are not finite.
     """
-    prefix = prefix_of(tensors, format)
-    table = entries(abstract, format, sizes.patch, prefix)
-    grid = (1, sizes.pos_embed_max_size**2, HEAD_SIZE * sizes.depth)
-    expected = {entry.name: entry.shape for entry in table}
-    expected[f"{prefix}{named(POSITIONS, format)}"] = grid
-    others = OTHER_PREFIXES if format == "sd3" else ()
-    found = {
-        name: tensors.shape(name) for name in tensors.names() if not name.startswith(others or "\0")
-    }
-    check_names(found, expected, tensors.path)
-
+    table = check(tensors, format, sizes, abstract)
     by_leaf: dict[tuple[str, ...], list[Entry]] = {}
     for entry in table:
         by_leaf.setdefault(entry.path, []).append(entry)
@@ -324,6 +342,8 @@ def check_diffusers_config(config: Mapping[str, Any], sizes: Sizes, folder: obje
             f"{folder}/config.json is of {config.get('_class_name')!r}; give the folder of an "
             "SD3Transformer2DModel, or a pipeline folder that holds it as transformer/"
         )
+    if config.get("out_channels", 0) is None:  # they are those that come in
+        config = {**config, "out_channels": config.get("in_channels", sizes.channels)}
     different = [
         f"{name} is {config[name]!r}, the weights say {ours!r}"
         for name, ours in diffusers_config(sizes).items()

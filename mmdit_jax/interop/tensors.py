@@ -168,7 +168,7 @@ def write_folder(
 ) -> list[Path]:
     """Writes `stem`.safetensors, or shards of at most `shard_bytes` and their index.
 
-    A tensor larger than `shard_bytes` gets a file of its own.
+    A tensor larger than `shard_bytes` gets a file of its own. If one cannot be written none stays.
     """
     shards: list[list[Stored]] = [[]]
     for tensor in tensors:
@@ -183,7 +183,12 @@ def write_folder(
     files, weight_map = [], {}
     for number, shard in enumerate(shards, 1):
         name = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_file(folder / name, shard)
+        try:
+            write_file(folder / name, shard)
+        except BaseException:
+            for file in files:
+                file.unlink()
+            raise
         files.append(folder / name)
         weight_map |= {tensor.name: name for tensor in shard}
     total = sum(tensor.bytes for shard in shards for tensor in shard)

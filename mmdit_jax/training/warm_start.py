@@ -3,6 +3,7 @@
 Nothing differs silently. Each of `config.init_adapt` allows one difference; the rest is refused.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -97,6 +98,41 @@ def check(source: Config, target: Config) -> list[str]:
     if problems:
         raise ValueError(f"init_from={target.init_from} is another model: {'; '.join(problems)}")
     return allowed
+
+
+def check_latents(theirs: Mapping[str, Any], ours: Mapping[str, Any], target: Config) -> list[str]:
+    """Compares the autoencoders whose latents the weights know and the run is going to see.
+
+    Of plain pixels shift and scale are measured on every data set anew, so that they may differ;
+    and channels that are added are those of another autoencoder.
+
+    Args:
+        theirs: `Manifest.autoencoder` of the weights; one without a hash is not known.
+        ours: of the data set of the run.
+        target: config of the run.
+
+    Returns:
+        The difference, for people, if `target.init_adapt` allows it.
+
+    Raises:
+        ValueError: other latents, with both values of everything that differs.
+    """
+    different = [
+        f"{name} {ours[name]} here, {theirs[name]} there"
+        for name in ("id", "hash", "scale", "shift")
+        if name in theirs and name in ours and theirs[name] != ours[name]
+    ]
+    if not different or not theirs.get("hash"):
+        return []
+    message = f"the latents are of another autoencoder: {', '.join(different)}"
+    measured = theirs["hash"] == ours["hash"] and ours["kind"] == "pixels"
+    added = target.init_adapt.channels and theirs.get("channels") != ours["channels"]
+    if measured or added or target.init_adapt.autoencoder:
+        return [message]
+    raise ValueError(
+        f"init_from={target.init_from} knows other latents: {message}; use a data set of that one, "
+        "or config.init_adapt.autoencoder=True to learn these"
+    )
 
 
 def _stored_grid_fits(source: Config, target: Config) -> bool:

@@ -1,6 +1,7 @@
 """The weights command: a run goes out, comes back, samples the same; training starts from it."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -123,6 +124,38 @@ def test_training_starts_from_an_import(commands, data, imported, tmp_path):
     said = commands.run("mmdit_jax.train", *start, larger, "--config.init_adapt.position_grid=True")
     assert f"parameters start from the raw weights of {imported}" in said
     assert "init_adapt: the position grid is 200" in said
+
+
+def test_latents_of_another_autoencoder_are_refused_unless_allowed(
+    commands, data, imported, tmp_path
+):
+    other = tmp_path / "other"
+    shutil.copytree(imported, other)
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["autoencoder"]["hash"] = "0" * 64
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    start = [*TRAIN, "--config.steps=1", f"--config.data.path={data}"]
+    start += [f"--config.init_from={other}", f"--workdir={tmp_path / 'run'}"]
+    refused = commands.run("mmdit_jax.train", *start, code=2)
+    assert "init_adapt.autoencoder=True" in refused and f"here, {'0' * 64} there" in refused
+    assert not (tmp_path / "run").exists(), "something was written"
+    said = commands.run("mmdit_jax.train", *start, "--config.init_adapt.autoencoder=True")
+    assert "init_adapt: the latents are of another autoencoder" in said
+
+
+def test_an_import_that_fails_leaves_nothing(commands, tmp_path):
+    """What is bundled is extracted first, and then a weight turns out to be no number."""
+    sizes = Sizes(1, 16, 2, True, 0, 192, 64, 4096, 2048)
+    file, workdir = tmp_path / "sd3.safetensors", tmp_path / "run"
+    write_file(file, list(stored(random_params(sizes), "sd3", sizes, np.dtype(np.float16))))
+    tensors, clip = load_file(file), draw(clip_names(False))
+    tensors |= {f"text_encoders.clip_l.transformer.{name}": clip[name] for name in clip}
+    tensors["model.diffusion_model.final_layer.linear.bias"][0] = np.nan
+    save_file(tensors, file)
+    arguments = ["import", "--format=sd3", f"--input={file}", f"--output={workdir}"]
+    said = commands.run("mmdit_jax.weights", *arguments, code=2)
+    assert "clip_l extracted to" in said and "not finite" in said
+    assert not workdir.exists()
 
 
 def test_a_file_that_bundles_encoders_needs_no_data_set(commands, tmp_path):

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from data_pipelines import pipeline
 from data_pipelines.build import train_command
 from data_pipelines.stages.latents import KL
+from mmdit_jax.data.fields import planned_layout
 from mmdit_jax.data.manifest import Manifest, fits
 from mmdit_jax.encoders import vae
 
@@ -54,6 +55,9 @@ def test_records_hold_the_moments_of_their_pictures(asked, images, records):
         pictures.append(np.asarray(picture.resize((16, 16), Image.Resampling.LANCZOS, box=area)))
     latents = np.stack([record["latent"] for record in found])
     assert latents.shape == (12, 8, 8, 8) and latents.dtype == np.float32
+    # What compile --save makes a step for, before there is any data.
+    planned = planned_layout((8, 8, 4), "moments", {})["latent"]
+    assert planned == (latents.shape[1:], latents.dtype)
     np.testing.assert_allclose(latents, moments_of(pictures), atol=2e-5)
     assert manifest.autoencoder == {
         "id": "AutoencoderKL-f2c4",

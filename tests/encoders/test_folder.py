@@ -24,16 +24,16 @@ def model(tmp_path):
     return tmp_path, load_file(SOURCE / "model.safetensors")
 
 
-def write_shards(path, tensors, count=3):
+def write_shards(path, tensors, count=3, variant=""):
     names = sorted(tensors)
     index = {}
     for shard in range(count):
-        file = f"model-{shard + 1:05d}-of-{count:05d}.safetensors"
+        file = f"model{variant}-{shard + 1:05d}-of-{count:05d}.safetensors"
         part = names[shard::count]
         save_file({name: tensors[name] for name in part}, path / file)
         index |= dict.fromkeys(part, file)
     content = {"metadata": {}, "weight_map": index}
-    (path / "model.safetensors.index.json").write_text(json.dumps(content))
+    (path / f"model.safetensors.index{variant}.json").write_text(json.dumps(content))
 
 
 def assert_same(params, others):
@@ -44,6 +44,39 @@ def test_shards_load_like_one_file(model):
     path, tensors = model
     write_shards(path, tensors)
     assert_same(clip.load(path)[1], clip.load(SOURCE)[1])
+
+
+def test_shards_of_a_variant_load_if_they_are_the_only_ones(model):
+    path, tensors = model
+    write_shards(path, tensors, variant=".fp16")
+    assert_same(clip.load(path)[1], clip.load(SOURCE)[1])
+    save_file(tensors, path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"other.safetensors.*leave one"):
+        clip.load(path)
+    write_shards(path, tensors)  # what has no variant comes first
+    assert {file.name for file in folder.weight_files(path)} == {
+        f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)
+    }
+
+
+@pytest.mark.parametrize(("code", "bytes"), [("F8_E4M3", 1), ("I8", 1), ("I32", 4)])
+def test_a_type_that_weights_do_not_have_is_named(model, code, bytes):
+    path, tensors = model
+    header, data = {}, b""
+    for name, value in tensors.items():
+        last = name == "text_projection.weight"
+        part = b"\0" * (value.size * bytes) if last else value.tobytes()
+        header[name] = {
+            "dtype": code if last else "F32",
+            "shape": value.shape,
+            "data_offsets": [len(data), len(data) + len(part)],
+        }
+        data += part
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    (path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    with pytest.raises(ValueError, match=f"text_projection.weight in .* is stored as {code}"):
+        clip.load(path)
 
 
 def test_names_load_with_and_without_prefix_and_buffer(model):

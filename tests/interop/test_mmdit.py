@@ -255,6 +255,16 @@ def test_values_that_float16_cannot_hold_are_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_shard_that_cannot_be_written_leaves_none(tmp_path):
+    params = random_params(PLAIN)
+    params["final_linear"]["bias"][0] = 1e5
+    stored = list(interop.stored(params, "diffusers", PLAIN, np.dtype(np.float16)))
+    stored.sort(key=lambda tensor: tensor.name.startswith("proj_out"))  # the bad one at the end
+    with pytest.raises(ValueError, match=r"proj_out.bias.*float16"):
+        tensors_lib.write_folder(tmp_path, "model", stored, shard_bytes=1_000_000)
+    assert not list(tmp_path.iterdir())
+
+
 def test_shards_have_an_index_and_load_like_one_file(tmp_path):
     sizes = VARIANTS["qk_norm"]
     params = random_params(sizes)
@@ -281,6 +291,7 @@ def test_shards_have_an_index_and_load_like_one_file(tmp_path):
 def test_the_config_of_diffusers_is_checked_against_the_weights():
     config = interop.diffusers_config(VARIANTS["dual"])
     interop.check_diffusers_config({**config, "sample_size": 1}, VARIANTS["dual"], "here")
+    interop.check_diffusers_config({**config, "out_channels": None}, VARIANTS["dual"], "here")
     wrong = {**config, "qk_norm": None, "num_layers": 5}
     with pytest.raises(ValueError, match=r"here.*num_layers is 5.* 4.*qk_norm is None"):
         interop.check_diffusers_config(wrong, VARIANTS["dual"], "here")

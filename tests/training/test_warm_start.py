@@ -79,6 +79,41 @@ def test_what_no_option_allows_is_refused(theirs, ours, words):
         warm_start.check(config(**theirs), target)
 
 
+def autoencoder(**changes):
+    known = {"id": "AutoencoderKL-f8c4", "hash": "a" * 64, "kind": "moments", "channels": 4}
+    return known | {"scale": 1.5305, "shift": 0.0609} | changes
+
+
+@pytest.mark.parametrize(
+    ("there", "words"),
+    [
+        ({"hash": "b" * 64}, f"hash {'a' * 64} here, {'b' * 64} there"),
+        ({"scale": 0.18215}, "scale 1.5305 here, 0.18215 there"),
+        ({"shift": 0.0}, "shift 0.0609 here, 0.0 there"),
+    ],
+)
+def test_latents_of_another_autoencoder_are_refused_unless_allowed(there, words):
+    target = config()
+    with pytest.raises(ValueError, match="init_adapt.autoencoder=True") as error:
+        warm_start.check_latents(autoencoder(**there), autoencoder(), target)
+    assert words in str(error.value)
+    target.init_adapt.autoencoder = True
+    (said,) = warm_start.check_latents(autoencoder(**there), autoencoder(), target)
+    assert words in said
+
+
+def test_latents_that_are_known_to_be_the_same_or_not_known_are_not_refused():
+    assert warm_start.check_latents(autoencoder(), autoencoder(path="elsewhere"), config()) == []
+    unknown = {"kind": "moments", "id": "the autoencoder of SD3", "hash": ""}
+    assert warm_start.check_latents(unknown, autoencoder(), config()) == []
+    pixels = autoencoder(kind="pixels")  # whose scale and shift are measured
+    (said,) = warm_start.check_latents(pixels | {"scale": 0.02}, pixels, config())
+    assert "scale 1.5305 here, 0.02 there" in said
+    target = config(**{"init_adapt.channels": True})
+    other = autoencoder(hash="b" * 64, channels=3)
+    assert len(warm_start.check_latents(other, autoencoder(), target)) == 1
+
+
 def test_the_grid_of_the_weights_can_be_kept_at_another_resolution():
     target = config(**{"data.resolution": 96, "model.pos_embed_native": 4})
     warm_start.check(config(), target)
