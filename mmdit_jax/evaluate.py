@@ -24,17 +24,15 @@ path_length makes Table 6 of them. docs/evaluation.md says what each file is.
 
 import functools
 import itertools
-import json
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 from absl import flags, logging
 
 import mmdit_jax
-from mmdit_jax import command, evaluators, run, trained_run
+from mmdit_jax import command, evaluators, files, run, strict_json, trained_run
 from mmdit_jax import config as config_lib
 from mmdit_jax.data import shapes as shapes_data
 from mmdit_jax.data.loader import Loader
@@ -309,7 +307,7 @@ def check_flags() -> None:
             f"{', '.join([*fixed, '--steps and --cfg'])}: evaluate them in another call"
         )
     ranking.parse_samplers(_SAMPLERS.value)
-    for evaluator, files in {
+    for evaluator, needed in {
         "clip_score": {"clip": _CLIP.value},
         "geneval": {
             "geneval_prompts": _GENEVAL_PROMPTS.value,
@@ -317,7 +315,7 @@ def check_flags() -> None:
             "clip": _CLIP.value,
         },
     }.items():
-        missing = [f"--{flag}" for flag, value in files.items() if not value]
+        missing = [f"--{flag}" for flag, value in needed.items() if not value]
         if evaluator in names and missing:
             raise ValueError(
                 f"evaluator {evaluator} needs {', '.join(missing)}; docs/evaluation.md says where "
@@ -368,10 +366,8 @@ def main(argv: list[str]) -> int:
         return command.EXIT_OK
     check_flags()
     results = {workdir: evaluate_run(workdir) for workdir in _WORKDIR.value or ()}
-    output = Path(_OUTPUT.value).absolute()
-    output.parent.mkdir(parents=True, exist_ok=True)
     whole = {"runs": results} if len(results) > 1 else next(iter(results.values()))
-    output.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+    files.write_whole(_OUTPUT.value, strict_json.dumps(whole, indent=2) + "\n")
     if "path_length" in _EVALUATORS.value:
         rows = [
             (os.path.basename(workdir.rstrip("/")), content["path_length"])

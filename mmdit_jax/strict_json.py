@@ -1,13 +1,29 @@
-"""JSON from files that somebody else may have written or damaged.
+"""JSON as the standard has it, written, and read from files that others may have damaged.
 
-Python's parser takes NaN and infinity, which are no JSON, and deep nesting ends with an error that
-is no `ValueError`. Whoever reads a file through here gets a value or one line that says why not.
+Python's writes and takes NaN and infinity, which are no JSON, and deep nesting ends with an error
+that is no `ValueError`. Whoever reads a file through here gets a value or one line that says why
+not.
 """
 
 import json
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+
+def dumps(value: Any, indent: int | None = None) -> str:
+    """The JSON text of a value; numbers that are not finite become null."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: finite(inner) for name, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(inner) for inner in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(value), indent=indent, allow_nan=False)
 
 
 def parse(text: str | bytes) -> Any:

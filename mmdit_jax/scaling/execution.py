@@ -110,12 +110,9 @@ def execute(run: plan.Run, sweep: Sweep, children: Children) -> tuple[int, dict[
     for words in sweep.evaluations:
         path = evaluation_file(folder, words)
         if not code and not os.path.exists(path):
-            partial = f"{path}.partial"  # evaluate does not write in one piece
             code = children.run(
-                "mmdit_jax.evaluate", f"--workdir={folder}", f"--output={partial}", *words
+                "mmdit_jax.evaluate", f"--workdir={folder}", f"--output={path}", *words
             )
-            if not code:
-                os.replace(partial, path)
         if code:
             break
         found[shlex.join(words)] = strict_json.read_object(path, "remove it: it is made again")

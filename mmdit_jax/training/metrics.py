@@ -12,6 +12,7 @@ import numpy as np
 from absl import logging
 from tensorboard.summary import Writer
 
+from mmdit_jax import strict_json
 from mmdit_jax.training.step import T_BINS
 
 
@@ -33,7 +34,7 @@ class MetricWriter:
             return
         row = {"step": step, "samples": samples, "time": round(time.time(), 3), **scalars}
         with kept_going("metrics"):
-            self._file.write(json.dumps(row) + "\n")
+            self._file.write(strict_json.dumps(row) + "\n")
         with kept_going("TensorBoard events"):
             for name, value in scalars.items():
                 self._board.add_scalar(name, value, step)
