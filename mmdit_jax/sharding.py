@@ -55,6 +55,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "width": None,
     "heads": "tensor",
     "hidden": "tensor",
+    "replica": "data",  # all samples of an fsdp axis
     # parameters
     "layers": None,
     "stack": None,  # q, k, v of one kernel; the vectors of one modulation
@@ -62,7 +63,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "embed": "fsdp",
     "heads_out": "tensor",
     "mlp": "tensor",
-    "modulation": "tensor",
+    "condition": "tensor",
+    "vectors": "fsdp",
     "head": None,
 }
 
@@ -141,8 +143,7 @@ def entered(mesh: Mesh | None) -> contextlib.AbstractContextManager:
 def gather(params: Any) -> Any:
     """Parameters -> whole on each device of the mesh; does nothing where there is no mesh.
 
-    Without it the compiler may as well move the activations, and in a scan over layers it is what
-    says that one layer at a time is whole.
+    Without it the compiler may as well move the activations, or all layers of a scan at once.
     """
     return jax.tree.map(lambda leaf: constrain(leaf, *[None] * leaf.ndim), params)
 
@@ -161,19 +162,18 @@ def kernel_gradient(
 ) -> jax.Array:
     """The gradient of what `gather_kernel` returned, summed over devices, to where it lies.
 
-    The sum is written by hand. The partitioner either makes a loop over parts of the kernel of it
-    or sums the whole gradient on every device and cuts it then: twice the bytes of a
-    reduce-scatter over fsdp, which leaves 1 / fsdp of it to sum over data and context.
+    By hand: the partitioner makes a loop over parts of the kernel of this sum, or sums all of it on
+    every device and cuts it then: twice the bytes of a reduce-scatter.
 
     Args:
-        multiply: (x, dy) of some samples and tokens -> their part of the gradient.
+        multiply: (x, dy) of some samples, dy with one axis of outputs -> (inputs, outputs).
         x: (B, inputs) or (B, L, inputs), what the kernel multiplied.
         dy: (B, ...) or (B, L, ...), the gradient of the result.
         names: logical axes of the kernel.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return multiply(x, dy)
+        return multiply(x, dy.reshape(*x.shape[:-1], -1)).reshape(-1, *dy.shape[x.ndim - 1 :])
     rows = [
         RULES[name] if _divides(mesh, RULES[name], size) else None
         for name, size in zip(("batch", "tokens")[: x.ndim - 1], x.shape[:-1], strict=True)
@@ -190,8 +190,12 @@ def kernel_gradient(
         summed.remove("fsdp")
 
     def on_one(x: jax.Array, dy: jax.Array) -> jax.Array:
-        part = multiply(x, dy)
-        if scattered is not None:
+        # Flat: what has more dimensions the TPU compiler sums on every device, and cuts it then.
+        part = multiply(x, dy.reshape(*x.shape[:-1], -1))
+        if scattered == 0:
+            part = jax.lax.psum_scatter(part, "fsdp", tiled=True)
+        part = part.reshape(-1, *dy.shape[x.ndim - 1 :])
+        if scattered:
             part = jax.lax.psum_scatter(part, "fsdp", scatter_dimension=scattered, tiled=True)
         return jax.lax.psum(part, summed)
 

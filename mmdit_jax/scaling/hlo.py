@@ -158,7 +158,7 @@ def _constant(module: Module, operands: tuple[str, ...], place: int, default: in
 
 
 def _walk(module: Module, name: str, times: int, stage: str) -> Iterator[Cost]:
-    channels: set[str] = set()
+    channels: set[tuple[str, str]] = set()
     for each in module.computations[name]:
         if each.opcode == "while":
             rounds = times * trip_count(module, each)
@@ -175,8 +175,11 @@ def _walk(module: Module, name: str, times: int, stage: str) -> Iterator[Cost]:
             yield from _walk(module, called, times, stage)
         elif each.opcode not in _FREE:
             cost = _cost(module, each, times, stage)
-            new = tuple(c for c in cost.collectives if not c.channel or c.channel not in channels)
-            channels |= {c.channel for c in new}
+            # Permutations are numbered by themselves.
+            new = tuple(
+                c for c in cost.collectives if not c.channel or (c.kind, c.channel) not in channels
+            )
+            channels |= {(c.kind, c.channel) for c in new}
             yield cost._replace(collectives=new)
 
 
