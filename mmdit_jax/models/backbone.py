@@ -33,8 +33,8 @@ _KEPT = ("qkv", OUTPUT)
 # What a block keeps for the backward pass, from most to least; the rest is computed again.
 REMAT_POLICIES = {
     "none": None,
-    # all products with weights
-    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    # all products with weights, and what comes out of the attention
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT, OUTPUT),
     # the projections into the attention and what comes out of it
     "qkv_attention": jax.checkpoint_policies.save_only_these_names(*_KEPT),
     # the same, in the memory of the host

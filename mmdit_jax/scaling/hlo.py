@@ -246,6 +246,9 @@ def _bytes(module: Module, each: Instruction) -> int:
         return 0
     if each.opcode == "copy-start":  # (destination, source, context)
         return sum(_in_hbm(shape) for shape in each.shapes[:2])
+    if each.opcode == "slice-start":  # ((operand), slice, context), a part on its way into VMEM
+        part = each.shapes[1]
+        return part.bytes * (each.shapes[0].space == _HBM) + _in_hbm(part)
     if each.opcode == "dynamic-update-slice":
         return 2 * _in_hbm(_shape(module, each.operands[1]))
     if each.opcode in _SLICES:

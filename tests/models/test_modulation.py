@@ -1,4 +1,4 @@
-"""The vectors of adaLN on meshes: the numbers of one device, and kernels that stay where they lie."""
+"""Vectors of adaLN on meshes: the numbers of one device, and kernels that stay where they lie."""
 
 import re
 
