@@ -104,8 +104,7 @@ def row(depth: int, resolution: int, name: str, found: Mapping[str, Any] | None)
             return f"{start} {source}: nothing fits |" + " |" * 10
         best, utilisation = guess
         cells = [source, *setting(best.mesh, best.remat, str(best.accumulate))]
-        memory, seconds = 2 * best.memory, best.cost  # see search.guess
-        bound = "network" if best.network >= best.cost else "compute"
+        memory, seconds, bound = best.memory, best.cost, best.bound
     topology = chips.topology(name)
     hours = STEPS * seconds / 3600
     cells += [

@@ -12,9 +12,9 @@ activations pass through `constrain`; `RULES` says what each name means on the m
 
 Widths are 64 x depth, and depth 38 is 2432 = 128 x 19. What becomes of sizes that do not divide:
 
-    parameters  the axis goes to another dimension that it divides; a large array without one, and
-                heads that tensor does not divide, are refused with the sizes that fit. Arrays of
-                at most `LARGE_PARAMETER` elements (biases, scales) may stay whole.
+    parameters  the axis goes to another dimension that it divides; a large array (more elements
+                than `LARGE_PARAMETER`) without one, and heads that tensor does not divide, are
+                refused with the sizes that fit
     batch       refused with the sizes that fit (`check_batch`)
     tokens      each stream is padded to a multiple of context; the padding is no key and no value
                 of any attention, and is cut off the output (`pad_tokens`)
@@ -55,6 +55,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "width": None,
     "heads": "tensor",
     "hidden": "tensor",
+    "replica": "data",  # all samples of an fsdp axis
     # parameters
     "layers": None,
     "stack": None,  # q, k, v of one kernel; the vectors of one modulation
@@ -62,7 +63,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "embed": "fsdp",
     "heads_out": "tensor",
     "mlp": "tensor",
-    "modulation": "tensor",
+    "condition": "tensor",
+    "vectors": "fsdp",
     "head": None,
 }
 
@@ -72,29 +74,20 @@ LARGE_PARAMETER = 1 << 20
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pins an activation to the mesh by logical axis names; does nothing where there is no mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return x
-    spec = PartitionSpec(
-        *(
-            axis if _divides(mesh, axis, size) else None
-            for axis, size in zip((RULES[a] if a else None for a in axes), x.shape, strict=True)
-        )
-    )
-    return jax.lax.with_sharding_constraint(x, spec)
+    return _fitted(x, [RULES[axis] if axis else None for axis in axes])
 
 
 def on_shards(function: Callable[[Any], Any], axes: Sequence[str | None], arrays: Any) -> Any:
     """Applies a function to what each device of the mesh holds of activations; without one, to all.
 
-    It is for kernels that the partitioner cannot look into, and for collectives written by hand.
+    For kernels that the partitioner cannot look into, and for collectives written by hand.
 
     Args:
         function: tree of blocks -> tree of blocks with the same logical axes; may use collectives
             over the mesh axes.
-        axes: logical names of the axes of every array and of every result.
-        arrays: tree. An axis that does not divide all of them is left out: each device then works
-            on the whole of it (a batch of one, at initialisation).
+        axes: logical names of the axes of every array and of every result. One that does not divide
+            all of them is left out: each device works on all of it (a batch of one, to initialise).
+        arrays: tree.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -141,8 +134,7 @@ def entered(mesh: Mesh | None) -> contextlib.AbstractContextManager:
 def gather(params: Any) -> Any:
     """Parameters -> whole on each device of the mesh; does nothing where there is no mesh.
 
-    Without it the compiler may as well move the activations, and in a scan over layers it is what
-    says that one layer at a time is whole.
+    Without it the compiler may as well move the activations, or all layers of a scan at once.
     """
     return jax.tree.map(lambda leaf: constrain(leaf, *[None] * leaf.ndim), params)
 
@@ -151,9 +143,9 @@ def gather_kernel(kernel: jax.Array, names: Sequence[str]) -> jax.Array:
     """A parameter whole along fsdp, as it is used; what tensor splits stays split.
 
     Left to itself the TPU compiler turns a product with a split kernel into a loop over its parts,
-    which are 19 columns of 2432 on 128 chips, and far too narrow for a matrix unit.
+    19 columns of 2432 on 128 chips, far too narrow for a matrix unit.
     """
-    return _kernel_constraint(kernel, ["tensor" if RULES[n] == "tensor" else None for n in names])
+    return _fitted(kernel, ["tensor" if RULES[n] == "tensor" else None for n in names])
 
 
 def kernel_gradient(
@@ -161,19 +153,17 @@ def kernel_gradient(
 ) -> jax.Array:
     """The gradient of what `gather_kernel` returned, summed over devices, to where it lies.
 
-    The sum is written by hand. The partitioner either makes a loop over parts of the kernel of it
-    or sums the whole gradient on every device and cuts it then: twice the bytes of a
-    reduce-scatter over fsdp, which leaves 1 / fsdp of it to sum over data and context.
+    By hand: the partitioner makes a loop over parts of the kernel of this sum, or sums all of it on
+    every device and cuts it then: twice the bytes of a reduce-scatter.
 
     Args:
-        multiply: (x, dy) of some samples and tokens -> their part of the gradient.
-        x: (B, inputs) or (B, L, inputs), what the kernel multiplied.
-        dy: (B, ...) or (B, L, ...), the gradient of the result.
+        multiply: (x, dy) of some samples, dy with one axis of outputs -> (inputs, outputs).
+        x, dy: (B, inputs) or (B, L, inputs) that the kernel multiplied; gradient of the result.
         names: logical axes of the kernel.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return multiply(x, dy)
+        return multiply(x, dy.reshape(*x.shape[:-1], -1)).reshape(-1, *dy.shape[x.ndim - 1 :])
     rows = [
         RULES[name] if _divides(mesh, RULES[name], size) else None
         for name, size in zip(("batch", "tokens")[: x.ndim - 1], x.shape[:-1], strict=True)
@@ -190,8 +180,12 @@ def kernel_gradient(
         summed.remove("fsdp")
 
     def on_one(x: jax.Array, dy: jax.Array) -> jax.Array:
-        part = multiply(x, dy)
-        if scattered is not None:
+        # Flat: what has more dimensions the TPU compiler sums on every device, and cuts it then.
+        part = multiply(x, dy.reshape(*x.shape[:-1], -1))
+        if scattered == 0:
+            part = jax.lax.psum_scatter(part, "fsdp", tiled=True)
+        part = part.reshape(-1, *dy.shape[x.ndim - 1 :])
+        if scattered:
             part = jax.lax.psum_scatter(part, "fsdp", scatter_dimension=scattered, tiled=True)
         return jax.lax.psum(part, summed)
 
@@ -201,16 +195,17 @@ def kernel_gradient(
         out_specs=PartitionSpec(*split),
         check_vma=False,
     )(x, dy)
-    return _kernel_constraint(gradient, place)
+    return _fitted(gradient, place)
 
 
-def _kernel_constraint(kernel: jax.Array, spec: Sequence[str | None]) -> jax.Array:
+def _fitted(x: jax.Array, spec: Sequence[Any]) -> jax.Array:
+    """Pinned to the mesh axes of `spec` that divide it; as it is where there is no mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return kernel
-    pairs = zip(spec, kernel.shape, strict=True)
+        return x
+    pairs = zip(spec, x.shape, strict=True)
     fitting = [axis if _divides(mesh, axis, size) else None for axis, size in pairs]
-    return jax.lax.with_sharding_constraint(kernel, PartitionSpec(*fitting))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*fitting))
 
 
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
@@ -226,9 +221,9 @@ def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
 def parameter_shardings(abstract: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Shardings for a tree of parameters that carry logical axis names (boxed by flax).
 
-    The rule for sizes that do not divide: each dimension takes the mesh axis of its logical name
-    if the mesh axis divides it; an axis that found no place goes to the largest dimension that is
-    still free and that it divides; failing that, the array is whole along that axis.
+    Each dimension takes the mesh axis of its logical name if that divides it; an axis that found no
+    place goes to the largest dimension that is still free and that it divides; failing that, the
+    array is whole along that axis.
 
     Raises:
         ValueError: a large parameter would be whole on each device of an fsdp mesh, or a head would
@@ -250,14 +245,11 @@ def parameter_shardings(abstract: Any, mesh: Mesh | AbstractMesh) -> Any:
         replicas = sizes["data"] * sizes["fsdp"]
         fits = [n for n in divisors(replicas) if not _whole(placed, sizes | {"fsdp": n})]
         fitting = ", ".join(f"fsdp={n} data={replicas // n}" for n in fits if n > 1)
+        remedy = "choose an fsdp size that divides the width (64 x depth), the rest is for data"
+        if fitting:
+            remedy = f"with data x fsdp = {replicas} these fit: {fitting}"
         raise ValueError(
-            f"fsdp={sizes['fsdp']} divides no dimension of {', '.join(whole)}; "
-            + (
-                f"with data x fsdp = {replicas} these fit: {fitting}"
-                if fitting
-                else "choose an fsdp size that divides the width (64 x depth) and put the rest on "
-                "the data axis"
-            )
+            f"fsdp={sizes['fsdp']} divides no dimension of {', '.join(whole)}; {remedy}"
         )
     shardings = [NamedSharding(mesh, PartitionSpec(*spec)) for spec in specs]
     return jax.tree.unflatten(jax.tree.structure(abstract, is_leaf=_is_boxed), shardings)
@@ -310,8 +302,7 @@ def _cut_heads(placed: Sequence[Any], tensor: int) -> int:
 def frozen_shardings(abstract: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Shardings for a frozen network, whose parameters carry no logical axes.
 
-    Each array is split over fsdp along the largest dimension that the axis divides (whichever it
-    is, the array is gathered before it is used), or is whole where there is none.
+    Each array is split over fsdp along the largest dimension that the axis divides, or is whole.
     """
     ways = mesh.shape["fsdp"]
 
@@ -329,8 +320,8 @@ def frozen_shardings(abstract: Any, mesh: Mesh | AbstractMesh) -> Any:
 def state_shardings(abstract_state: Any, param_shardings: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Shardings for a whole training state: what mirrors a parameter lies where it lies.
 
-    Optimizer moments and the EMA hold trees shaped like the parameters, so a leaf belongs to the
-    parameter whose path ends its own; everything else (counters) is replicated.
+    Moments and the EMA are trees shaped like the parameters, so a leaf belongs to the parameter
+    whose path ends its own; everything else (counters) is replicated.
     """
     known = {
         tuple(map(str, path)): sharding
@@ -361,8 +352,8 @@ def on_each_device(
         shape: of the array.
 
     Returns:
-        The array -> (devices,) results in the order of `mesh.devices.flat`, each on its device.
-        Copies that should be equal are all read: no result stands for another.
+        The array -> (devices,) results in the order of `mesh.devices.flat`, each on its device, of
+        every copy.
     """
     mesh = placed.mesh
     spec = (*placed.spec, *[None] * (len(shape) - len(placed.spec)))

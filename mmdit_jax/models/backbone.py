@@ -25,6 +25,7 @@ from mmdit_jax.models.layers import (
     timestep_features,
     unpatchify,
 )
+from mmdit_jax.models.modulation import Modulation
 from mmdit_jax.models.stream import HEAD_SIZE, TOKENS
 from mmdit_jax.sharding import constrain, pad_tokens
 
@@ -32,8 +33,8 @@ _KEPT = ("qkv", OUTPUT)
 # What a block keeps for the backward pass, from most to least; the rest is computed again.
 REMAT_POLICIES = {
     "none": None,
-    # all products with weights
-    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    # all products with weights, and what comes out of the attention
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT, OUTPUT),
     # the projections into the attention and what comes out of it
     "qkv_attention": jax.checkpoint_policies.save_only_these_names(*_KEPT),
     # the same, in the memory of the host
@@ -141,13 +142,7 @@ class Backbone(nn.Module):
             attention=self.attention,
             **types,
         )
-        m_BSD = Linear(
-            (2, features),
-            ("embed", "stack", "modulation"),
-            initializer="zeros",
-            name="final_adaLN_modulation",
-            **types,
-        )(y_BD)
+        m_BSD = Modulation(2, name="final_adaLN_modulation", **types)(y_BD)
         x_BID = modulate(layer_norm(x_BID), m_BSD[:, 0], m_BSD[:, 1])
         out_BIP = Linear(
             (self.patch**2 * self.channels,),

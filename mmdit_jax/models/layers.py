@@ -72,7 +72,7 @@ class Linear(nn.Module):
         reduce_dtype = jnp.dtype(self.reduce_dtype).name
         # A remat policy does not see the product inside of its gradient: it goes by this name.
         y = checkpoint_name(product(x.astype(self.dtype), kernel, self.axes, reduce_dtype), PRODUCT)
-        return jnp.add(y, jnp.expand_dims(bias.astype(self.dtype), tuple(range(x.ndim - 1))))
+        return add_bias(y, bias)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -108,12 +108,12 @@ def _product_backward(names: tuple[str, ...], reduce_dtype: str, saved: Any, dy:
 
     def multiply(x: jax.Array, dy: jax.Array) -> jax.Array:
         # On CPU the first factor is written down transposed: the smaller one.
-        swap = x.shape[-1] > math.prod(dy.shape[x.ndim - 1 :])
+        swap = x.shape[-1] > dy.shape[-1]
         factors = (dy, x) if swap else (x, dy)
         gradient = jax.lax.dot_general(
             *factors, ((leading, leading), ((), ())), preferred_element_type=jnp.dtype(reduce_dtype)
         )
-        return jnp.moveaxis(gradient, -1, 0) if swap else gradient
+        return gradient.T if swap else gradient
 
     dkernel = kernel_gradient(multiply, x, dy, names).astype(kernel.dtype)
     whole = gather_kernel(kernel.astype(x.dtype), names)
@@ -122,6 +122,19 @@ def _product_backward(names: tuple[str, ...], reduce_dtype: str, saved: Any, dy:
 
 
 product.defvjp(_product_forward, _product_backward)
+
+
+@jax.custom_vjp
+def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
+    """`y + bias` in the dtype of y; the gradient of the bias is summed in float32 all the way."""
+    return y + jnp.expand_dims(bias.astype(y.dtype), tuple(range(y.ndim - bias.ndim)))
+
+
+def _add_bias_backward(bias: jax.Array, dy: jax.Array):
+    return dy, jnp.sum(dy, tuple(range(dy.ndim - bias.ndim)), dtype=bias.dtype)
+
+
+add_bias.defvjp(lambda y, bias: (add_bias(y, bias), bias), _add_bias_backward)
 
 
 class RMSNorm(nn.Module):
@@ -197,7 +210,7 @@ class VectorEmbedder(nn.Module):
             "reduce_dtype": self.reduce_dtype,
         }
         h_BD = Linear((self.width,), ("features", "embed"), name="fc1", **settings)(x_BV)
-        return Linear((self.width,), ("embed", "modulation"), name="fc2", **settings)(nn.silu(h_BD))
+        return Linear((self.width,), ("embed", "mlp"), name="fc2", **settings)(nn.silu(h_BD))
 
 
 def timestep_features(t_B: jax.Array, size: int = 256) -> jax.Array:

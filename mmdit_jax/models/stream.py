@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mmdit_jax.models.attention import QKV, joint_attention, max_logit
 from mmdit_jax.models.layers import Linear, Mlp, RMSNorm, layer_norm, modulate
+from mmdit_jax.models.modulation import Modulation
 from mmdit_jax.sharding import constrain
 
 HEAD_SIZE = 64
@@ -82,9 +83,7 @@ class Stream(nn.Module):
         width = self.heads * HEAD_SIZE
         vectors = 2 if self.pre_only else 9 if self.dual else 6
         types = {"dtype": self.dtype, "reduce_dtype": self.reduce_dtype}
-        self.adaLN_modulation = Linear(
-            (vectors, width), ("embed", "stack", "modulation"), initializer="zeros", **types
-        )
+        self.adaLN_modulation = Modulation(vectors, **types)
         self.attn = Attention(self.heads, self.qk_norm, self.pre_only, **types)
         if self.dual:
             self.attn2 = Attention(self.heads, self.qk_norm, **types)
@@ -93,7 +92,7 @@ class Stream(nn.Module):
 
     def before(self, x_BLD: jax.Array, y_BD: jax.Array):
         """Modulated q, k, v of the attention and what the other two methods need."""
-        m_BSD = constrain(self.adaLN_modulation(y_BD), "batch", None, "width")
+        m_BSD = self.adaLN_modulation(y_BD)
         normed_BLD = layer_norm(x_BLD)
         qkv = self.attn.project_in(modulate(normed_BLD, m_BSD[:, 0], m_BSD[:, 1]))
         return qkv, (normed_BLD, m_BSD)

@@ -34,7 +34,7 @@ class OutBlock(DiTBlock):
         super().setup()
         self.skip_linear = Linear(
             (self.heads * HEAD_SIZE,),
-            ("embed", "modulation"),
+            ("embed", "mlp"),
             initializer="zeros",  # x passes, as it passes the gates of the block
             dtype=self.dtype,
             reduce_dtype=self.reduce_dtype,

@@ -70,7 +70,7 @@ def train_per_sample(config: Config, size: tuple[int, int] | None = None) -> int
 # Remat policy -> parts of a block that are computed a second time, for the backward pass.
 RECOMPUTED: dict[str, tuple[str, ...]] = {
     "none": (),
-    "dots": ("logits", "values"),
+    "dots": ("logits",),
     "qkv_attention": ("modulation", "logits", "projection", "mlp", "skip"),
     "offload": ("modulation", "logits", "projection", "mlp", "skip"),
     "attention_out": ("modulation", "qkv", "logits", "projection", "mlp", "skip"),

@@ -158,7 +158,7 @@ def _constant(module: Module, operands: tuple[str, ...], place: int, default: in
 
 
 def _walk(module: Module, name: str, times: int, stage: str) -> Iterator[Cost]:
-    channels: set[str] = set()
+    channels: set[tuple[str, str]] = set()
     for each in module.computations[name]:
         if each.opcode == "while":
             rounds = times * trip_count(module, each)
@@ -175,8 +175,11 @@ def _walk(module: Module, name: str, times: int, stage: str) -> Iterator[Cost]:
             yield from _walk(module, called, times, stage)
         elif each.opcode not in _FREE:
             cost = _cost(module, each, times, stage)
-            new = tuple(c for c in cost.collectives if not c.channel or c.channel not in channels)
-            channels |= {c.channel for c in new}
+            # Permutations are numbered by themselves.
+            new = tuple(
+                c for c in cost.collectives if not c.channel or (c.kind, c.channel) not in channels
+            )
+            channels |= {(c.kind, c.channel) for c in new}
             yield cost._replace(collectives=new)
 
 
@@ -243,6 +246,9 @@ def _bytes(module: Module, each: Instruction) -> int:
         return 0
     if each.opcode == "copy-start":  # (destination, source, context)
         return sum(_in_hbm(shape) for shape in each.shapes[:2])
+    if each.opcode == "slice-start":  # ((operand), slice, context), a part on its way into VMEM
+        part = each.shapes[1]
+        return part.bytes * (each.shapes[0].space == _HBM) + _in_hbm(part)
     if each.opcode == "dynamic-update-slice":
         return 2 * _in_hbm(_shape(module, each.operands[1]))
     if each.opcode in _SLICES:

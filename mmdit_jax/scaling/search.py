@@ -1,8 +1,8 @@
 """The best mesh, batch and remat policy for a topology: what to try, in which order, and what not.
 
 Memory and time are guessed in closed form first, so that the compiler (minutes) sees only what may
-fit and what looks fast; what it says is what counts. The guess of memory leaves out what cannot be
-known before, so it errs on the small side.
+fit and what looks fast; what it says is what counts. What cannot be known before (buffers, copies)
+is guessed by what compiled steps had.
 """
 
 import itertools
@@ -19,9 +19,32 @@ from mmdit_jax.scaling import flops
 from mmdit_jax.scaling.chips import Topology
 
 # Policy of remat -> what a block keeps of every token for the backward pass, in widths of bfloat16:
-# its input (1), q, k, v (3), what comes out of the attention (1) or of all products with weights
-# (14), or everything. Policies that are not here are not searched.
-KEPT = {"full": 1, "attention_out": 2, "offload": 1, "qkv_attention": 5, "dots": 14, "none": 26}
+# its input (1), q, k, v (3), what comes out of the other products with weights (6), or everything;
+# and whether the output of the attention with it. Policies that are not here are not searched.
+KEPT = {
+    "full": (1, False),
+    "attention_out": (1, True),
+    "offload": (1, False),
+    "qkv_attention": (4, True),
+    "dots": (10, True),
+    "none": (26, True),
+}
+NOT_SEARCHED = {"offload": "how long it takes to move to the host and back is not guessed"}
+# What a block reads and writes of every token, forward and backward, in widths; its buffers while
+# it runs; bytes of a weight that is gathered and of its gradient: read and written, and in buffers.
+# From steps of depth 38 that were compiled (docs/scale.md).
+TRAFFIC = {
+    "full": 360,
+    "attention_out": 335,
+    "offload": 300,
+    "qkv_attention": 300,
+    "dots": 260,
+    "none": 280,
+}
+AT_WORK = 40
+WEIGHT_TRAFFIC, WEIGHT_AT_WORK = 24, 20
+# A guess of the memory may be that much too small.
+MARGIN = 1.15
 CONTEXTS = (1, 2, 4, 8, 16)
 TENSORS = (1, 2)
 ACCUMULATES = (1, 2, 4, 8, 16)
@@ -37,8 +60,7 @@ class Candidate(NamedTuple):
         remat: a name in `KEPT`.
         memory: bytes of a device, a guess.
         floor: seconds of a step that its arithmetic alone takes at the peak of the chip.
-        network: seconds of a step that moving alone takes, a guess.
-        cost: seconds of a step, a guess: the larger of arithmetic and network.
+        seconds: compute, memory, network -> of a step, a guess of each by itself.
     """
 
     mesh: dict[str, int]
@@ -47,8 +69,17 @@ class Candidate(NamedTuple):
     remat: str
     memory: int
     floor: float
-    network: float
-    cost: float
+    seconds: dict[str, float]
+
+    @property
+    def bound(self) -> str:
+        """What takes longest."""
+        return max(self.seconds, key=lambda name: self.seconds[name])
+
+    @property
+    def cost(self) -> float:
+        """Seconds of a step, a guess."""
+        return self.seconds[self.bound]
 
     @property
     def overrides(self) -> dict[str, Any]:
@@ -94,6 +125,7 @@ def candidates(
     """
     devices, width = topology.devices, config_lib.width(config)
     known = [name for name in policies if name in KEPT]
+    sizes = sizes_of(config, parameters)
     arithmetic = {policy: _arithmetic(config, topology, policy) for policy in known}
     for policy, context, tensor, accumulate in itertools.product(
         known, CONTEXTS, TENSORS, ACCUMULATES
@@ -106,36 +138,91 @@ def candidates(
         for fsdp in divisors(math.gcd(ways // topology.slices, width)):
             mesh = {"data": ways // fsdp, "fsdp": fsdp, "tensor": tensor, "context": context}
             floor, compute = arithmetic[policy]
-            network = _network(config, topology, mesh, accumulate, parameters)
             yield Candidate(
                 mesh=mesh,
                 batch_size=config.batch_size,
                 accumulate=accumulate,
                 remat=policy,
-                memory=memory(config, mesh, accumulate, policy, parameters),
+                memory=memory(sizes, mesh, accumulate, policy),
                 floor=floor,
-                network=network,
-                cost=max(compute, network),
+                seconds={
+                    "compute": compute,
+                    "memory": _traffic(sizes, mesh, accumulate, policy)
+                    / topology.chip.hbm_bandwidth,
+                    "network": _network(sizes, topology, mesh, accumulate),
+                },
             )
 
 
-def memory(
-    config: Config, mesh: Mapping[str, int], accumulate: int, policy: str, parameters: int
-) -> int:
+class Sizes(NamedTuple):
+    """What guesses need of a config.
+
+    Attributes:
+        batch_size: global.
+        tokens: of a sample.
+        width, depth: of the model.
+        parameters: of the model.
+        moved: those of them that are gathered; kernels of a modulation stay where they lie.
+        copies: of the parameters that the state holds.
+        gradient: bytes of a number of the gradient while it is summed.
+        logits: whether the attention has them in memory.
+    """
+
+    batch_size: int
+    tokens: int
+    width: int
+    depth: int
+    parameters: int
+    moved: int
+    copies: int
+    gradient: int
+    logits: bool
+
+    def width_bytes(self, mesh: Mapping[str, int]) -> float:
+        """Of one number in bfloat16 for every feature of all tokens of a device."""
+        samples = self.batch_size / (mesh["data"] * mesh["fsdp"])
+        return 2 * samples * self.tokens * self.width / mesh["context"]
+
+
+def sizes_of(config: Config, parameters: int) -> Sizes:
+    """See `Sizes`."""
+    image, text = config_lib.image_tokens(config), config_lib.text_tokens(config)
+    blocks = flops.BLOCKS[config.model.backbone](
+        config.model.depth, image, text, config.model.dual_attention_layers
+    )
+    modulation = sum(parts["modulation"] for parts in blocks) // 2  # one multiply-add a sample
+    return Sizes(
+        batch_size=config.batch_size,
+        tokens=image + text,
+        width=config_lib.width(config),
+        depth=config.model.depth,
+        parameters=parameters,
+        moved=parameters - modulation,
+        copies=4 if config.ema.decay > 0 else 3,  # parameters, two moments, moving average
+        gradient=jnp.dtype(config.optimizer.reduce_dtype).itemsize,
+        logits=config.model.get("attention", "xla") == "xla",
+    )
+
+
+def memory(sizes: Sizes, mesh: Mapping[str, int], accumulate: int, policy: str) -> int:
     """Bytes of a device, a guess: state, gradients, what all blocks keep, one block at work."""
-    copies = 4 if config.ema.decay > 0 else 3  # parameters, two moments, moving average; float32
-    sharded = parameters / (mesh["fsdp"] * mesh["tensor"])
-    samples = config.batch_size / (mesh["data"] * mesh["fsdp"] * accumulate)
-    tokens = config_lib.image_tokens(config) + config_lib.text_tokens(config)
-    width, depth = config_lib.width(config), config.model.depth
+    context, tensor, depth = mesh["context"], mesh["tensor"], sizes.depth
+    sharded = sizes.parameters / (mesh["fsdp"] * tensor)
+    gradients = sharded * (2 if accumulate > 1 else 1)
+    each = sizes.width_bytes(mesh) / accumulate
+    widths, output = KEPT[policy]
+    if output and sizes.logits:
+        widths += 1
+    elif output:  # splash pads tokens, and heads of 64 to the 128 lanes
+        own = sizes.tokens / context
+        widths += 2 * 128 * math.ceil(own / 128) / own
     # The input of a block is whole along tensor, what is inside is not.
-    each = 2 * samples * tokens * width / mesh["context"]
-    kept = depth * each * (1 + (KEPT[policy] - 1) / mesh["tensor"])
-    block = each * KEPT["none"] / mesh["tensor"] + 2 * 2 * parameters / depth / mesh["tensor"]
-    if config.model.get("attention", "xla") == "xla":  # float32 logits, and their gradient
-        block += 8 * samples * depth * tokens**2 / (mesh["context"] * mesh["tensor"])
-    gradients = (4 if accumulate > 1 else 2) * sharded
-    return int(4 * copies * sharded + gradients + kept + block)
+    kept = depth * each * (1 + (widths - 1) / tensor)
+    block = (each * AT_WORK + WEIGHT_AT_WORK * sizes.moved / depth) / tensor
+    if sizes.logits:  # in float32, and their gradient
+        samples = sizes.batch_size / (mesh["data"] * mesh["fsdp"] * accumulate)
+        block += 8 * samples * depth * sizes.tokens**2 / (context * tensor)
+    return int(4 * sizes.copies * sharded + 4 * gradients + kept + block)
 
 
 def _arithmetic(config: Config, topology: Topology, policy: str) -> tuple[float, float]:
@@ -146,31 +233,38 @@ def _arithmetic(config: Config, topology: Topology, policy: str) -> tuple[float,
     return each / second, padded / second
 
 
-def _network(
-    config: Config,
-    topology: Topology,
-    mesh: Mapping[str, int],
-    accumulate: int,
-    parameters: int,
-) -> float:
+def _traffic(sizes: Sizes, mesh: Mapping[str, int], accumulate: int, policy: str) -> float:
+    """Bytes of a step to and from the memory of a device."""
+    tokens = TRAFFIC[policy] * sizes.depth * sizes.width_bytes(mesh)
+    return (tokens + accumulate * WEIGHT_TRAFFIC * sizes.moved) / mesh["tensor"]
+
+
+def _network(sizes: Sizes, topology: Topology, mesh: Mapping[str, int], accumulate: int) -> float:
     """Seconds of a step that it takes to move what has to be moved."""
-    chip = topology.chip
-    gradient = jnp.dtype(config.optimizer.reduce_dtype).itemsize
-    ways, moved = mesh["fsdp"], 0.0
-    if ways > 1:  # gathered twice in bfloat16, summed once
-        moved += (4 + gradient) * parameters / mesh["tensor"] * (1 - 1 / ways)
-    if mesh["data"] > 1:
-        moved += 2 * gradient * parameters / (ways * mesh["tensor"])
-    moved *= accumulate
-    samples = config.batch_size / (mesh["data"] * ways)
-    tokens = config_lib.image_tokens(config) + config_lib.text_tokens(config)
-    activations = 2 * samples * tokens * config_lib.width(config) * config.model.depth
-    moved += activations * (8 * (mesh["tensor"] > 1) + 4 * (mesh["context"] > 1))
-    # Rings along all torus axes but one, and a line along that where a group is large.
-    links = 2 * (chip.torus_axes - 1) + (ways >= 128)
-    inside = moved / (links * chip.link_bandwidth)
-    held = gradient * parameters * topology.slices / topology.devices
-    return inside + (2 * held / chip.dcn_bandwidth if topology.slices > 1 else 0.0)
+    ways, slices, tensor = mesh["fsdp"], topology.slices, mesh["tensor"]
+    # Gathered twice in bfloat16, summed once; then all of a device over data, there and back.
+    moved = (4 + sizes.gradient) * sizes.moved / tensor * (1 - 1 / ways) * accumulate
+    seconds = moved / _bandwidth(topology, ways)
+    replicas, own = mesh["data"] // slices, sizes.gradient * sizes.parameters / ways / tensor
+    seconds += 2 * own * (1 - 1 / replicas) * accumulate / _bandwidth(topology, replicas)
+    activations = sizes.width_bytes(mesh) * mesh["context"] * sizes.depth
+    for axis, times in (("tensor", 8), ("context", 4)):
+        if mesh[axis] > 1:
+            seconds += activations * times / _bandwidth(topology, mesh[axis])
+    if slices > 1:
+        seconds += 2 * own / replicas * accumulate / topology.chip.dcn_bandwidth
+    return seconds
+
+
+def _bandwidth(topology: Topology, members: int) -> float:
+    """Bytes/s into a device of a group that fills the torus axis by axis, the longest first."""
+    links = 0
+    for size in sorted(topology.shape, reverse=True):
+        along = min(size, members)
+        members = -(-members // along)
+        if along > 1:
+            links += 2 if along == size and size % topology.chip.wraps_from == 0 else 1
+    return max(1, links) * topology.chip.link_bandwidth
 
 
 def array_flops(config: Config, policy: str, side: int) -> float:
@@ -206,16 +300,12 @@ def order(every: Iterable[Candidate]) -> list[Candidate]:
 def guess(every: Iterable[Candidate], limit: float) -> Candidate | None:
     """The setting that looks best without any compilation; None where nothing seems to fit.
 
-    Twice its guessed memory has to fit: a step of depth 38 that was compiled took 2.1 times as
-    much. What is kept in the memory of the host is left out, as the time of moving it is not
-    guessed.
-
     Args:
         every: of `candidates`.
         limit: bytes of a device.
     """
-    fitting = (each for each in order(every) if 2 * each.memory <= limit)
-    return next((each for each in fitting if each.remat != "offload"), None)
+    searched = (each for each in order(every) if each.remat not in NOT_SEARCHED)
+    return next((each for each in searched if MARGIN * each.memory <= limit), None)
 
 
 def search(
@@ -246,10 +336,11 @@ def search(
         left_out[reason] = left_out.get(reason, 0) + 1
 
     for each in order(every):
-        if each.memory > limit:
-            leave_out(f"remat={each.remat}: more memory than there is, by estimate")
-        elif each.memory * correction.get(each.remat, 1.0) > limit:
-            leave_out(f"remat={each.remat}: more memory than there is, as others of it show")
+        if each.remat in NOT_SEARCHED:
+            leave_out(f"remat={each.remat}: {NOT_SEARCHED[each.remat]}")
+        elif each.memory * correction.get(each.remat, MARGIN) > limit:
+            why = "as others of it show" if each.remat in correction else "by estimate"
+            leave_out(f"remat={each.remat}: more memory than there is, {why}")
         elif best is not None and each.floor >= best[1]["step_seconds"]:
             leave_out("slower than the best even at the peak of the chip")
         elif len(compiled) + (best is not None) == most:

@@ -149,6 +149,8 @@ def test_the_gradient_of_a_kernel_is_reduced_in_the_dtype_asked_for(reduce_dtype
     assert grads["kernel"].dtype == jnp.float32
     expected = jnp.float32(4097).astype(reduce_dtype).astype(jnp.float32)
     np.testing.assert_array_equal(grads["kernel"], jnp.full((4, 2), expected))
+    # Biases are small: theirs is summed in float32 either way.
+    np.testing.assert_array_equal(grads["bias"], jnp.full(2, 4097.0))
 
 
 @pytest.mark.parametrize(

@@ -199,6 +199,16 @@ def test_shapes_have_their_padding_and_their_memory():
     )
 
 
+def test_what_is_sliced_into_vmem_is_read_and_not_its_whole():
+    part = (
+        "%s = ((s8[4096]{0:T(1024)(128)(4,1)}), s8[1024]{0:T(1024)(128)(4,1)S(1)}, s32[]{:S(2)}) "
+        "slice-start(%p), slice={[1024:2048]}"
+    )
+    whole = "%p = s8[4096]{0:T(1024)(128)(4,1)} parameter(0)"
+    text = "\n".join(["ENTRY %m (p: s8[4096]) -> s8[1024] {", f"  {whole}", f"  {part}", "}"])
+    assert sum(cost.bytes for cost in hlo.costs(hlo.parse(text))) == 1024
+
+
 def test_what_is_no_module_is_refused():
     with pytest.raises(ValueError, match="ENTRY"):
         hlo.parse("module @jit_f {}")
@@ -268,6 +278,7 @@ SPLIT = """HloModule m
 ENTRY %main (a: bf16[64], b: f32[64,32]) -> bf16[256] {
   %a = bf16[64]{0} parameter(0)
   %b = f32[64,32]{1,0} parameter(1)
+  %turned = bf16[64]{0} collective-permute(%a), channel_id=8, source_target_pairs={{0,1},{1,0}}
   %one = bf16[256]{0} fusion(%a), kind=kCustom, calls=%first
   %c = f32[16,32]{1,0} fusion(%b), kind=kCustom, calls=%scattered
   %t = token[] after-all()
@@ -279,9 +290,11 @@ frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer
 
 
 def test_a_collective_in_several_fusions_is_one_and_the_tpu_forms_are_known():
-    """Parts of one channel; a reduction of which a slice is kept; what goes to other slices."""
+    """Parts of one channel (permutations count by themselves); a reduction of which a slice is
+    kept; what goes to other slices."""
     found = [each for cost in hlo.costs(hlo.parse(SPLIT)) for each in cost.collectives]
     assert [(each.kind, each.bytes, each.between_slices) for each in found] == [
+        ("collective-permute", 128, False),
         ("all-gather", 512, False),
         ("reduce-scatter", 8192, False),
         ("all-reduce", 2048, True),
