@@ -141,8 +141,7 @@ def entered(mesh: Mesh | None) -> contextlib.AbstractContextManager:
 def gather(params: Any) -> Any:
     """Parameters -> whole on each device of the mesh; does nothing where there is no mesh.
 
-    Without it the compiler may as well move the activations, and in a scan over layers it is what
-    says that one layer at a time is whole.
+    Without it the compiler may as well move the activations, or all layers of a scan at once.
     """
     return jax.tree.map(lambda leaf: constrain(leaf, *[None] * leaf.ndim), params)
 
@@ -151,8 +150,12 @@ def gather_kernel(kernel: jax.Array, names: Sequence[str]) -> jax.Array:
     """A parameter whole along fsdp, as it is used; what tensor splits stays split.
 
     Left to itself the TPU compiler turns a product with a split kernel into a loop over its parts,
-    which are 19 columns of 2432 on 128 chips, and far too narrow for a matrix unit.
+    19 columns of 2432 on 128 chips. What is gathered is split until here: cast or quantised before.
     """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return kernel
+    kernel = _kernel_constraint(kernel, _place(kernel.shape, names, dict(mesh.shape)))
     return _kernel_constraint(kernel, ["tensor" if RULES[n] == "tensor" else None for n in names])
 
 
@@ -205,10 +208,7 @@ def kernel_gradient(
 
 
 def _kernel_constraint(kernel: jax.Array, spec: Sequence[str | None]) -> jax.Array:
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return kernel
-    pairs = zip(spec, kernel.shape, strict=True)
+    mesh, pairs = jax.sharding.get_abstract_mesh(), zip(spec, kernel.shape, strict=True)
     fitting = [axis if _divides(mesh, axis, size) else None for axis, size in pairs]
     return jax.lax.with_sharding_constraint(kernel, PartitionSpec(*fitting))
 

@@ -34,10 +34,12 @@ class Attention(nn.Module):
     pre_only: bool = False
     dtype: Any = jnp.float32
     reduce_dtype: Any = jnp.float32
+    quantization: str = "none"
 
     def setup(self):
         width = self.heads * HEAD_SIZE
         types = {"dtype": self.dtype, "reduce_dtype": self.reduce_dtype}
+        types["quantization"] = self.quantization
         self.qkv = Linear((3, width), ("embed", "stack", "heads_out"), **types)
         if self.qk_norm:
             self.ln_q = RMSNorm(dtype=self.dtype)
@@ -77,6 +79,7 @@ class Stream(nn.Module):
     reduce_dtype: Any = jnp.float32
     tokens: int | None = None
     attention: str = "auto"
+    quantization: str = "none"
 
     def setup(self):
         width = self.heads * HEAD_SIZE
@@ -85,6 +88,7 @@ class Stream(nn.Module):
         self.adaLN_modulation = Linear(
             (vectors, width), ("embed", "stack", "modulation"), initializer="zeros", **types
         )
+        types["quantization"] = self.quantization
         self.attn = Attention(self.heads, self.qk_norm, self.pre_only, **types)
         if self.dual:
             self.attn2 = Attention(self.heads, self.qk_norm, **types)
