@@ -22,6 +22,7 @@ SCHEDULES = ("constant", "linear", "cosine", "wsd")
 OPTIMIZERS = ("adamw", "muon")
 DTYPES = ("auto", "float32", "bfloat16")
 REDUCE_DTYPES = ("float32", "bfloat16")
+QUANTIZATIONS = ("none", "int8", "fp8")
 ATTENTIONS = ("auto", "xla", "splash", "cudnn")
 WEIGHTS = ("ema", "raw")
 TEXT_STORAGES = ("full", "trimmed")
@@ -94,6 +95,8 @@ def default(*, depth: int = 24, resolution: int = 256, text_length: int = 77) ->
                 "remat": "none",  # full | attention_out | offload | qkv_attention | dots | none
                 "attention": "auto",  # by platform; xla | splash | cudnn
                 "dtype": "auto",  # bfloat16 on accelerators, float32 on CPU
+                # Of the products with weights inside of the blocks; int8 | fp8 need qwix.
+                "quantization": "none",
             },
             "data": {
                 "path": "",
@@ -266,6 +269,7 @@ def model_settings(config: Config) -> dict[str, Any]:
         "pos_embed": config.model.pos_embed,
         "remat": config.model.remat,
         "attention": config.model.attention,
+        "quantization": config.model.quantization,
         "reduce_dtype": config.optimizer.reduce_dtype,
     }
 
@@ -314,6 +318,7 @@ def validate(config: Config) -> None:
         ("model.dtype", model.dtype, DTYPES),
         ("model.pos_embed", model.pos_embed, POSITIONS),
         ("model.attention", model.attention, ATTENTIONS),
+        ("model.quantization", model.quantization, QUANTIZATIONS),
         ("optimizer.reduce_dtype", optimizer.reduce_dtype, REDUCE_DTYPES),
         ("samples.weights", config.samples.weights, WEIGHTS),
         ("optimizer.name", optimizer.name, OPTIMIZERS),

@@ -92,10 +92,11 @@ def test_a_grid_that_is_too_small_is_refused_with_the_numbers():
         ("model.attention", "auto, xla, splash, cudnn"),
         ("optimizer.reduce_dtype", "float32, bfloat16"),
         ("model.dtype", "auto, float32, bfloat16"),
+        ("model.quantization", "none, int8, fp8"),
     ],
 )
 def test_a_name_that_is_none_of_the_known_ones_is_refused_with_them(setting, known):
     config = lib.default()
-    config.update_from_flattened_dict({setting: "int8"})
-    with pytest.raises(ValueError, match=f"{setting}='int8' must be one of {known}$"):
+    config.update_from_flattened_dict({setting: "int7"})
+    with pytest.raises(ValueError, match=f"{setting}='int7' must be one of {known}$"):
         lib.validate(config)

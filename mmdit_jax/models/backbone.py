@@ -73,6 +73,8 @@ class Backbone(nn.Module):
         attention: a name in `attention.IMPLEMENTATIONS`, or auto for that of the platform.
         dtype: compute dtype; parameters are float32.
         reduce_dtype: in which the gradients of the matrices are summed over the devices.
+        quantization: of the blocks' products with weights but those of the modulation, a name in
+            `product.QUANTIZATIONS`.
     """
 
     depth: int
@@ -86,6 +88,7 @@ class Backbone(nn.Module):
     dtype: Any = jnp.float32
     attention: str = "auto"
     reduce_dtype: Any = jnp.float32
+    quantization: str = "none"
 
     @nn.compact
     def __call__(
@@ -140,6 +143,7 @@ class Backbone(nn.Module):
             heads=self.depth,
             qk_norm=self.qk_norm,
             attention=self.attention,
+            quantization=self.quantization,
             **types,
         )
         m_BSD = Modulation(2, name="final_adaLN_modulation", **types)(y_BD)

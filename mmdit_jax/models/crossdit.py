@@ -33,12 +33,14 @@ class CrossAttention(nn.Module):
     reduce_dtype: Any = jnp.float32
     tokens: tuple[int, int] | None = None
     attention: str = "auto"
+    quantization: str = "none"
 
     @nn.compact
     def __call__(self, x_BID: jax.Array, c_BTD: jax.Array) -> jax.Array:
         """What the image tokens read, (B, I, D)."""
         width = self.heads * HEAD_SIZE
         types = {"dtype": self.dtype, "reduce_dtype": self.reduce_dtype}
+        types["quantization"] = self.quantization
         q = Linear((width,), ("embed", "heads_out"), name="q", **types)(x_BID)
         kv = Linear((2, width), ("embed", "stack", "heads_out"), name="kv", **types)(c_BTD)
         q, kv = (
@@ -75,6 +77,7 @@ class CrossBlock(Stream):
             reduce_dtype=self.reduce_dtype,
             tokens=None if self.tokens is None else (self.tokens, self.text_tokens),
             attention=self.attention,
+            quantization=self.quantization,
         )
 
     def __call__(

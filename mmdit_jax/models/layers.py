@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from mmdit_jax.sharding import gather_kernel, kernel_gradient
+from mmdit_jax.models.product import product
 
 PRODUCT = "product"  # what remat policies call the products with weights
 
@@ -47,6 +47,7 @@ class Linear(nn.Module):
         initializer: a name in `INITIALIZERS`.
         dtype: of the matrix product; parameters are float32.
         reduce_dtype: of the kernel's gradient, before it is summed over devices.
+        quantization: a name in `product.QUANTIZATIONS`.
     """
 
     features: tuple[int, ...]
@@ -54,6 +55,7 @@ class Linear(nn.Module):
     initializer: str = "xavier"
     dtype: Any = jnp.float32
     reduce_dtype: Any = jnp.float32
+    quantization: str = "none"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -71,57 +73,9 @@ class Linear(nn.Module):
         )
         reduce_dtype = jnp.dtype(self.reduce_dtype).name
         # A remat policy does not see the product inside of its gradient: it goes by this name.
-        y = checkpoint_name(product(x.astype(self.dtype), kernel, self.axes, reduce_dtype), PRODUCT)
+        y = product(x.astype(self.dtype), kernel, self.axes, reduce_dtype, self.quantization)
+        y = checkpoint_name(y, PRODUCT)
         return add_bias(y, bias)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def product(
-    x: jax.Array, kernel: jax.Array, names: tuple[str, ...], reduce_dtype: str
-) -> jax.Array:
-    """`x @ kernel` over x's last and the kernel's first axis, in the dtype of x.
-
-    The kernel is gathered in that dtype, and again for the backward pass: no layer is kept whole.
-    Its gradient comes out of the matrix product as `reduce_dtype`, and so it is summed over the
-    devices: in bfloat16 half as much moves, but the sum over n devices rounds n times. (A product
-    in bfloat16 has accumulated in float32 until there, at no cost.)
-
-    Args:
-        x: (..., inputs).
-        kernel: (inputs, ...), float32.
-        names: logical axes of the kernel.
-        reduce_dtype: name of a dtype.
-    """
-    del reduce_dtype
-    kernel = gather_kernel(kernel.astype(x.dtype), names)
-    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
-
-
-def _product_forward(x: jax.Array, kernel: jax.Array, names: tuple[str, ...], reduce_dtype: str):
-    return product(x, kernel, names, reduce_dtype), (x, kernel)
-
-
-def _product_backward(names: tuple[str, ...], reduce_dtype: str, saved: Any, dy: jax.Array):
-    x, kernel = saved
-    leading = tuple(range(x.ndim - 1))
-    outputs = tuple(range(x.ndim - 1, dy.ndim))
-
-    def multiply(x: jax.Array, dy: jax.Array) -> jax.Array:
-        # On CPU the first factor is written down transposed: the smaller one.
-        swap = x.shape[-1] > dy.shape[-1]
-        factors = (dy, x) if swap else (x, dy)
-        gradient = jax.lax.dot_general(
-            *factors, ((leading, leading), ((), ())), preferred_element_type=jnp.dtype(reduce_dtype)
-        )
-        return gradient.T if swap else gradient
-
-    dkernel = kernel_gradient(multiply, x, dy, names).astype(kernel.dtype)
-    whole = gather_kernel(kernel.astype(x.dtype), names)
-    contracted = (outputs, tuple(range(1, kernel.ndim)))
-    return jax.lax.dot_general(dy, whole, (contracted, ((), ()))), dkernel
-
-
-product.defvjp(_product_forward, _product_backward)
 
 
 @jax.custom_vjp
@@ -186,10 +140,12 @@ class Mlp(nn.Module):
     width: int
     dtype: Any = jnp.float32
     reduce_dtype: Any = jnp.float32
+    quantization: str = "none"
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         types = {"dtype": self.dtype, "reduce_dtype": self.reduce_dtype}
+        types["quantization"] = self.quantization
         h_BLF = Linear((4 * self.width,), ("embed", "mlp"), name="fc1", **types)(x_BLD)
         h_BLF = gelu(h_BLF)
         return Linear((self.width,), ("mlp", "embed"), name="fc2", **types)(h_BLF)

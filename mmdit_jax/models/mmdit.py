@@ -36,6 +36,7 @@ class JointBlock(nn.Module):
     reduce_dtype: Any = jnp.float32
     tokens: tuple[int, ...] | None = None
     attention: str = "auto"
+    quantization: str = "none"
 
     @nn.compact
     def __call__(self, carry: tuple[jax.Array, ...], y_BD: jax.Array):
@@ -45,6 +46,7 @@ class JointBlock(nn.Module):
             "qk_norm": self.qk_norm,
             "dtype": self.dtype,
             "reduce_dtype": self.reduce_dtype,
+            "quantization": self.quantization,
         }
         blocks = [
             Stream(pre_only=self.last, name=name, **settings) for name in TEXT_BLOCKS[len(texts)]

@@ -35,10 +35,12 @@ class Attention(nn.Module):
     pre_only: bool = False
     dtype: Any = jnp.float32
     reduce_dtype: Any = jnp.float32
+    quantization: str = "none"
 
     def setup(self):
         width = self.heads * HEAD_SIZE
         types = {"dtype": self.dtype, "reduce_dtype": self.reduce_dtype}
+        types["quantization"] = self.quantization
         self.qkv = Linear((3, width), ("embed", "stack", "heads_out"), **types)
         if self.qk_norm:
             self.ln_q = RMSNorm(dtype=self.dtype)
@@ -78,12 +80,14 @@ class Stream(nn.Module):
     reduce_dtype: Any = jnp.float32
     tokens: int | None = None
     attention: str = "auto"
+    quantization: str = "none"
 
     def setup(self):
         width = self.heads * HEAD_SIZE
         vectors = 2 if self.pre_only else 9 if self.dual else 6
         types = {"dtype": self.dtype, "reduce_dtype": self.reduce_dtype}
         self.adaLN_modulation = Modulation(vectors, **types)
+        types["quantization"] = self.quantization
         self.attn = Attention(self.heads, self.qk_norm, self.pre_only, **types)
         if self.dual:
             self.attn2 = Attention(self.heads, self.qk_norm, **types)

@@ -38,6 +38,7 @@ class OutBlock(DiTBlock):
             initializer="zeros",  # x passes, as it passes the gates of the block
             dtype=self.dtype,
             reduce_dtype=self.reduce_dtype,
+            quantization=self.quantization,
         )
 
     def __call__(

@@ -19,7 +19,8 @@ class Chip(NamedTuple):
     Attributes:
         name: as in the name of a topology.
         bf16_flops: dense peak, FLOP/s.
-        int8_flops: dense peak, OP/s.
+        int8_flops: dense peak, OP/s; that of bfloat16 where the data sheet has none.
+        fp8_flops: the same of float8.
         hbm_bytes: of one device.
         hbm_limit: what programs may use of it, as the TPU compiler says when it refuses one; the
             rest is the system's.
@@ -38,6 +39,7 @@ class Chip(NamedTuple):
     name: str
     bf16_flops: float
     int8_flops: float
+    fp8_flops: float
     hbm_bytes: float
     hbm_limit: float
     hbm_bandwidth: float
@@ -59,6 +61,7 @@ TPUS = {
             name="v4",
             bf16_flops=275e12,
             int8_flops=275e12,
+            fp8_flops=275e12,
             hbm_bytes=32 * GIB,
             hbm_limit=30.75 * GIB,
             hbm_bandwidth=1228 * GB,
@@ -73,6 +76,7 @@ TPUS = {
             name="v5e",
             bf16_flops=197e12,
             int8_flops=393e12,
+            fp8_flops=197e12,
             hbm_bytes=16 * GIB,
             hbm_limit=15.75 * GIB,
             hbm_bandwidth=819 * GB,
@@ -85,6 +89,7 @@ TPUS = {
             name="v5p",
             bf16_flops=459e12,
             int8_flops=918e12,
+            fp8_flops=459e12,
             hbm_bytes=95 * GIB,
             hbm_limit=95.74 * GIB,
             hbm_bandwidth=2765 * GB,
@@ -99,6 +104,7 @@ TPUS = {
             name="v6e",
             bf16_flops=918e12,
             int8_flops=1836e12,
+            fp8_flops=918e12,
             hbm_bytes=32 * GIB,
             hbm_limit=31.25 * GIB,
             hbm_bandwidth=1638 * GB,
@@ -111,7 +117,8 @@ TPUS = {
         Chip(
             name="tpu7x",
             bf16_flops=2307e12 / 2,
-            int8_flops=4614e12 / 2,  # fp8
+            int8_flops=2307e12 / 2,
+            fp8_flops=4614e12 / 2,
             hbm_bytes=96 * GIB,
             hbm_limit=94.75 * GIB,
             hbm_bandwidth=7380 * GB / 2,
@@ -126,8 +133,8 @@ TPUS = {
     )
 }
 
-_H100 = Chip("H100", 989e12, 1979e12, 80 * GB, 80 * GB, 3350 * GB)
-_A100 = Chip("A100", 312e12, 624e12, 40 * GB, 40 * GB, 1555 * GB)
+_H100 = Chip("H100", 989e12, 1979e12, 1979e12, 80 * GB, 80 * GB, 3350 * GB)
+_A100 = Chip("A100", 312e12, 624e12, 312e12, 40 * GB, 40 * GB, 1555 * GB)
 
 # By `jax.Device.device_kind`.
 DEVICE_KINDS = {
@@ -154,6 +161,13 @@ def peak_flops(device_kind: str) -> float:
     """Dense bfloat16 peak of a device of this kind, FLOP/s; 0 where it is not known."""
     chip = DEVICE_KINDS.get(device_kind)
     return chip.bf16_flops if chip else 0.0
+
+
+def product_flops(chip: Chip, dtype: str) -> float:
+    """Dense peak of matrix products whose factors have this dtype, as HLO names it; FLOP/s."""
+    if dtype.startswith("f8"):
+        return chip.fp8_flops
+    return chip.int8_flops if dtype in ("s8", "u8") else chip.bf16_flops
 
 
 class Topology(NamedTuple):

@@ -7,7 +7,7 @@ Assumptions, each tested on a case with a known answer (tests/scaling/):
    and network time: inside a stage all three overlap perfectly.
 2. Compute: matrix products at the dense peak of their dtype; the contracted size and the cheaper
    one of the others are rounded up to the side of the matrix units. Everything else (softmax,
-   norms, GELU, random numbers) is free.
+   norms, GELU, random numbers, rounding to eight bits) is free.
 3. Memory: what the instructions of the compiled program read from and write to HBM, with the
    padding of tiles, at the peak bandwidth. What the compiler keeps in VMEM is free.
 4. Network: a ring along each torus axis that a group spans, in both directions where the axis is a
@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mmdit_jax.scaling import collectives
-from mmdit_jax.scaling.chips import Topology
+from mmdit_jax.scaling.chips import Topology, product_flops
 from mmdit_jax.scaling.collectives import Collective
 from mmdit_jax.scaling.hlo import Cost
 from mmdit_jax.scaling.products import Product
@@ -100,11 +100,7 @@ def stages(costs: Iterable[Cost], topology: Topology, placement: Placement) -> d
             bytes=old.bytes + cost.times * cost.bytes,
             network_bytes=network,
             compute_s=old.compute_s
-            + cost.times
-            * sum(
-                flops / (chip.int8_flops if p.dtype.startswith(("s8", "f8")) else chip.bf16_flops)
-                for p, flops in products
-            ),
+            + cost.times * sum(flops / product_flops(chip, p.dtype) for p, flops in products),
             memory_s=old.memory_s + cost.times * cost.bytes / chip.hbm_bandwidth,
             network_s=network_s,
         )

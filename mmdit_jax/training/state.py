@@ -15,6 +15,7 @@ from mmdit_jax.config import Config
 from mmdit_jax.models import BACKBONES
 from mmdit_jax.models.backbone import REMAT_POLICIES
 from mmdit_jax.models.layers import FIXED
+from mmdit_jax.models.product import load_qwix
 from mmdit_jax.training import guard as guard_lib
 from mmdit_jax.training.guard import Guard
 
@@ -65,7 +66,7 @@ def build_model(config: Config) -> nn.Module:
     """The backbone that the config names.
 
     Raises:
-        ValueError: an unknown backbone or remat policy.
+        ValueError: an unknown backbone or remat policy, or no qwix to quantise with.
     """
     for what, name, known in (
         ("model.backbone", config.model.backbone, BACKBONES),
@@ -73,6 +74,8 @@ def build_model(config: Config) -> nn.Module:
     ):
         if name not in known:
             raise ValueError(f"{what}={name!r} is unknown; known are {', '.join(known)}")
+    if config.model.quantization != "none":
+        load_qwix()
     return BACKBONES[config.model.backbone](
         **config_lib.model_settings(config), dtype=compute_dtype(config)
     )

@@ -39,7 +39,7 @@ FREE = (
     "model.remat",
     "model.attention",
 )
-WARNED = ("steps",)
+WARNED = ("steps", "model.quantization")
 # May differ between the processes of one job: where each finds the files, and how it reads them.
 PER_HOST = ("data.path", "data.autoencoder", "data.threads", "data.prefetch")
 FAILURE_FILE = "failure.json"

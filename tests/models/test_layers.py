@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mmdit_jax import sharding
-from mmdit_jax.models import layers
+from mmdit_jax.models import layers, product
 
 
 def coordinates(table, features, axis):
@@ -168,7 +168,7 @@ def test_the_gradient_of_a_kernel_is_summed_by_a_reduce_scatter(sizes, names, in
     )
 
     def gradient(kernel):
-        return jax.grad(lambda k: jnp.sum(layers.product(x, k, names, "float32") * weight))(kernel)
+        return jax.grad(lambda k: jnp.sum(product.product(x, k, names, "float32") * weight))(kernel)
 
     with sharding.entered(sharding.make_mesh(**sizes)):
         compiled = jax.jit(gradient).lower(kernel).compile()

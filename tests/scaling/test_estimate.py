@@ -95,8 +95,19 @@ def test_a_stage_takes_its_largest_time_and_stages_add_up():
     assert estimate.utilisation(found, (compute + 1e-3) * peak, V5E) == pytest.approx(1.0)
 
 
-def test_int8_has_its_own_peak():
-    found = estimate.stages(
-        [cost(products=[Product(1, 1024, 1024, 1024, "s8")])], V5E, placed(V5E, {"data": 256})
-    )
-    assert found["rest"].compute_s == pytest.approx(2 * 1024**3 / 393e12)
+@pytest.mark.parametrize(
+    ("name", "dtype", "peak"),
+    [
+        ("v5e:16x16", "s8", 393e12),
+        ("v5e:16x16", "f8e4m3fn", 197e12),  # no unit for it: as bfloat16
+        ("v6e:16x16", "s8", 1836e12),
+        ("tpu7x:4x4x4", "f8e4m3fn", 2307e12),  # of half a chip
+        ("tpu7x:4x4x4", "s8", 1153.5e12),
+        ("tpu7x:4x4x4", "bf16", 1153.5e12),
+    ],
+)
+def test_eight_bits_have_their_own_peak_where_the_chip_has_a_unit_for_them(name, dtype, peak):
+    topology = chips.topology(name)
+    product = Product(1, 1024, 1024, 1024, dtype)
+    found = estimate.stages([cost(products=[product])], topology, placed(topology, {"data": 256}))
+    assert found["rest"].compute_s == pytest.approx(2 * 1024**3 / peak)
