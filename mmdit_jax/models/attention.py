@@ -123,7 +123,50 @@ def chosen(implementation: str, dtype: jnp.dtype) -> str:
 
 def xla_attention(q_BLNK: jax.Array, k_BMNK: jax.Array, v_BMNK: jax.Array) -> jax.Array:
     """Plain products and a softmax: any device, any type, (B, N, L, M) logits in memory."""
-    return checkpoint_name(jax.nn.dot_product_attention(q_BLNK, k_BMNK, v_BMNK), OUTPUT)
+    return checkpoint_name(_softmax_attention(q_BLNK, k_BMNK, v_BMNK), OUTPUT)
+
+
+@jax.custom_vjp
+def _softmax_attention(q_BLNK: jax.Array, k_BMNK: jax.Array, v_BMNK: jax.Array) -> jax.Array:
+    return _softmax_forward(q_BLNK, k_BMNK, v_BMNK)[0]
+
+
+def _softmax_forward(q_BLNK: jax.Array, k_BMNK: jax.Array, v_BMNK: jax.Array):
+    """What is as large as the logits is written and read as seldom as can be.
+
+    So the scale is that of the queries, and the division by the sum of the softmax that of the
+    output and, in the backward pass, of its gradient: the probabilities themselves are not made.
+    """
+    wide = jnp.promote_types(q_BLNK.dtype, jnp.float32)
+    q_BLNK = q_BLNK * _scale(q_BLNK)
+    logits_BNLM = jnp.einsum("blnk,bmnk->bnlm", q_BLNK, k_BMNK, preferred_element_type=wide)
+    p_BNLM = jnp.exp(logits_BNLM - jnp.max(logits_BNLM, axis=-1, keepdims=True))
+    sum_BLN1 = jnp.sum(p_BNLM, axis=-1).swapaxes(1, 2)[..., None]
+    p_BNLM = p_BNLM.astype(v_BMNK.dtype)
+    o_BLNK = jnp.einsum("bnlm,bmnk->blnk", p_BNLM, v_BMNK, preferred_element_type=wide)
+    o_BLNK = (o_BLNK / sum_BLN1).astype(v_BMNK.dtype)
+    return o_BLNK, (q_BLNK, k_BMNK, v_BMNK, p_BNLM, sum_BLN1, o_BLNK)
+
+
+def _softmax_backward(saved: Sequence[jax.Array], do_BLNK: jax.Array):
+    q_BLNK, k_BMNK, v_BMNK, p_BNLM, sum_BLN1, o_BLNK = saved
+    wide = sum_BLN1.dtype
+    do_BLNK = do_BLNK.astype(wide) / sum_BLN1
+    # The mean of dP under the softmax of a row is dO . O (Dao et al. 2022, appendix B.4).
+    mean_BNL1 = jnp.sum(do_BLNK * o_BLNK, axis=-1).swapaxes(1, 2)[..., None]
+    do_BLNK = do_BLNK.astype(v_BMNK.dtype)
+    dp_BNLM = jnp.einsum("blnk,bmnk->bnlm", do_BLNK, v_BMNK, preferred_element_type=wide)
+    ds_BNLM = (p_BNLM * (dp_BNLM - mean_BNL1)).astype(q_BLNK.dtype)
+    dq_BLNK = jnp.einsum("bnlm,bmnk->blnk", ds_BNLM, k_BMNK) * _scale(q_BLNK)
+    dk_BMNK = jnp.einsum("bnlm,blnk->bmnk", ds_BNLM, q_BLNK)
+    return dq_BLNK, dk_BMNK, jnp.einsum("bnlm,blnk->bmnk", p_BNLM, do_BLNK)
+
+
+def _scale(q_BLNK: jax.Array) -> float:
+    return q_BLNK.shape[-1] ** -0.5
+
+
+_softmax_attention.defvjp(_softmax_forward, _softmax_backward)
 
 
 def cudnn_attention(q_BLNK: jax.Array, k_BMNK: jax.Array, v_BMNK: jax.Array) -> jax.Array:
