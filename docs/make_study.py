@@ -11,12 +11,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import scipy.stats
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from configs.formulations import VARIANTS  # noqa: E402
 from mmdit_jax.evaluation import ranking  # noqa: E402
+from mmdit_jax.flow import formulation  # noqa: E402
 from mmdit_jax.scaling import fit, results  # noqa: E402
 
 PAGE, FIGURES = ROOT / "docs" / "study.md", ROOT / "docs" / "study"
@@ -73,6 +77,19 @@ def accuracy(row: Row, weights: str = "raw") -> float:
     return found[0]["overall"]
 
 
+def log_snr(variant: str) -> float:
+    """Median over the noise levels that training draws."""
+    flow = formulation.make(**VARIANTS[variant])
+    drawn = flow.path.logsnr(flow.sample_t(jax.random.key(0), (100_001,)))
+    return round(float(jnp.median(drawn)), 1) + 0.0  # never -0.0
+
+
+def spearman(what: str, x: Sequence[float], y: Sequence[float]) -> str:
+    """A line of the table of correlations."""
+    found = scipy.stats.spearmanr(x, y)
+    return f"| {what} | {len(x)} | {found.statistic:.2f} | {found.pvalue:.1g} |"
+
+
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
@@ -83,6 +100,7 @@ def formulations(rows: Sequence[Row]) -> dict[str, str]:
     compared = [each for row in rows for each in sampled(row)]
     averages = ranking.average_ranks(compared)
     right = {row["overrides"]["variant"]: accuracy(row) for row in rows}
+    noise = {name: log_snr(name) for name in averages}
     at_25 = {
         each["variant"]: each
         for each in compared
@@ -96,28 +114,31 @@ def formulations(rows: Sequence[Row]) -> dict[str, str]:
             f"{at_25[name]['clip_score']:.1f}",
             f"{at_25[name]['fid']:.2f}",
             f"{right[name]:.2f}",
+            f"{noise[name]:.1f}",
             f"{TABLE_1[name][0]:.2f}" if name in TABLE_1 else "",
         ]
         for place, (name, ranks) in enumerate(averages.items(), 1)
     ]
-    header = ["", "variant", *ranking.COLUMNS, "CLIP", "FID", "accuracy", "paper, all"]
+    header = ["", "variant", *ranking.COLUMNS, "CLIP", "FID", "accuracy", "log-SNR", "paper, all"]
     named = [name for name in TABLE_1 if name in averages]
     lines = []
     for k, column in enumerate(ranking.COLUMNS):
         ours = [averages[name][column] for name in named]
-        found = scipy.stats.spearmanr(ours, [TABLE_1[name][k] for name in named])
-        lines.append(f"| {column} | {found.statistic:.2f} | {found.pvalue:.3f} |")
-    found = scipy.stats.spearmanr(
-        [averages[name]["all"] for name in right], [-right[name] for name in right]
-    )
-    lines.append(
-        f"| all, with the accuracy in place of the paper | {found.statistic:.2f} "
-        f"| {found.pvalue:.1g} |"
-    )
+        theirs = [TABLE_1[name][k] for name in named]
+        lines.append(spearman(f"paper, {column}", ours, theirs))
+        on_rf = [pair for *pair, name in zip(ours, theirs, named, strict=True) if name[:2] == "rf"]
+        lines.append(spearman(f"paper, {column}, on rf", *zip(*on_rf, strict=True)))
+    ours = [averages[name]["all"] for name in averages]
+    few = [averages[name]["5 steps"] for name in averages]
+    lines += [
+        spearman("all, with 5 steps", ours, few),
+        spearman("all, with the accuracy", ours, [right[name] for name in averages]),
+        spearman("all, with the median log-SNR", ours, [noise[name] for name in averages]),
+    ]
     return {
         "ranks": markdown(header, table),
         "agreement": "\n".join(
-            ["| column | rank correlation | p |", "|---|---|---|", *lines],
+            ["| ranks here, with | variants | Spearman | p |", "|---|---|---|---|", *lines],
         ),
     }
 

@@ -33,6 +33,9 @@ _LOSS = flags.DEFINE_string("loss", study.LOSS, "evaluator/metric that the laws 
 _HELD_OUT = flags.DEFINE_string(
     "held_out", "", "Run that the others predict; else that of the most FLOPs."
 )
+_ALONG = flags.DEFINE_integer(
+    "along", 0, "Fit L(N, D) to the val/loss logged from this step on; 0: to that of --loss."
+)
 _RANK = flags.DEFINE_list(
     "rank",
     ["clip_score/clip_score", "fid/fid"],
@@ -265,11 +268,12 @@ def sweep_results(workdir: str, rows: Sequence[Mapping[str, Any]]) -> str:
         for row in rows
         if results.failed(row)
     ]
-    found = study.examine(rows, loss=_LOSS.value, held_out=_HELD_OUT.value)
+    logs = [results.training_log(os.path.join(workdir, row["name"])) for row in rows]
+    logged = results.losses_along([row["name"] for row in rows], logs, _ALONG.value)
+    found = study.examine(rows, loss=_LOSS.value, held_out=_HELD_OUT.value, logged=logged)
     drawn: dict[str, plot.Figure] = {}
     if found.points:
         drawn["loss_over_compute"] = plot.loss_over_compute(found)
-    logs = [results.training_log(os.path.join(workdir, row["name"])) for row in rows]
     over_flops = [
         Curve(curve.name, [step * row["flops_per_step"] for step in curve.x], curve.y)
         for row, log in zip(rows, logs, strict=True)
@@ -315,28 +319,7 @@ def sweep_results(workdir: str, rows: Sequence[Mapping[str, Any]]) -> str:
 def average_ranks(rows: Sequence[Mapping[str, Any]]) -> str:
     """Ranks by the paper's procedure, over all samplers and weights that were evaluated."""
     up, down = _RANK.value
-    found = []
-    for row in rows:
-        contents = [
-            (words, content)
-            for words, whole in row["evaluations"].items()
-            for content in results.each(whole)
-        ]
-        for words, content in contents:
-            metrics = study.flat_metrics({"metrics": content})
-            if up in metrics and down in metrics:
-                sampling = content["settings"].get(up.partition("/")[0], {})
-                found.append(
-                    {
-                        "variant": row["name"],
-                        "steps": sampling.get("steps", 0),
-                        "cfg": sampling.get("cfg", 0),
-                        "weights": content["settings"].get("weights", ""),
-                        "data": words,  # sets every call apart
-                        "clip_score": metrics[up],
-                        "fid": metrics[down],
-                    }
-                )
+    found = results.control_settings(rows, up, down)
     if not found:
         return ""
     title = f"Average ranks, by {up} and {down}"

@@ -6,6 +6,7 @@ has the status "done".
 """
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -89,10 +90,57 @@ def each(content: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     return content.get("each", [content])
 
 
+def control_settings(rows: Sequence[Mapping[str, Any]], up: str, down: str) -> list[dict[str, Any]]:
+    """What `ranking.average_ranks` takes: every run with every sampler and all weights.
+
+    Args:
+        rows: of `read`.
+        up, down: `evaluator/metric` in place of CLIP score and FID. Evaluations without them are
+            left out; null, a number that was not finite, is NaN.
+    """
+    found = []
+    for row in rows:
+        contents = [(w, one) for w, whole in row["evaluations"].items() for one in each(whole)]
+        for words, content in contents:
+            names = [name.partition("/")[::2] for name in (up, down)]
+            if not all(metric in content.get(evaluator, {}) for evaluator, metric in names):
+                continue
+            scores = [content[evaluator][metric] for evaluator, metric in names]
+            scores = [math.nan if score is None else score for score in scores]
+            sampling = content["settings"].get(up.partition("/")[0], {})
+            found.append(
+                {
+                    "variant": row["name"],
+                    "steps": sampling.get("steps", 0),
+                    "cfg": sampling.get("cfg", 0),
+                    "weights": content["settings"].get("weights", ""),
+                    "data": words,  # sets every call apart
+                    "clip_score": scores[0],
+                    "fid": scores[1],
+                }
+            )
+    return found
+
+
 def training_log(folder: str) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl` of a run, each with a whole `step`."""
     lines = strict_json.read_lines(os.path.join(folder, "metrics.jsonl"))
     return [line for line in lines if isinstance(line.get("step"), int)]
+
+
+def losses_along(
+    names: Sequence[str], logs: Sequence[Sequence[Mapping[str, Any]]], first_step: int
+) -> dict[str, list[tuple[float, float]]]:
+    """Run -> (samples, validation loss) that its training logged; {} without a first step."""
+    return {
+        name: [
+            (line["samples"], line["val/loss"])
+            for line in log
+            if line["step"] >= first_step and "val/loss" in line
+        ]
+        for name, log in zip(names, logs, strict=True)
+        if first_step
+    }
 
 
 def read_failure(folder: str) -> dict[str, Any] | None:

@@ -54,7 +54,12 @@ def flat_metrics(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def examine(
-    rows: Sequence[Mapping[str, Any]], *, loss: str = LOSS, held_out: str = "", bootstraps: int = 0
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    loss: str = LOSS,
+    held_out: str = "",
+    bootstraps: int = 0,
+    logged: Mapping[str, Sequence[tuple[float, float]]] | None = None,
 ) -> Study:
     """Fits everything that the results suffice for.
 
@@ -63,6 +68,8 @@ def examine(
         loss: `evaluator/metric` that is the loss.
         held_out: name of the run that the others predict; empty: that of the most FLOPs.
         bootstraps: of every fit; 0: `fit.BOOTSTRAPS`.
+        logged: run -> (samples, loss) along its training, to fit L(N, D) to in place of the ends.
+            Points of one run are not independent: intervals become too narrow.
 
     Raises:
         ValueError: no run of the name `held_out` has a loss.
@@ -92,9 +99,13 @@ def examine(
             **(_of_law(law) if law else {"left_out": why_not}),
         },
     }
-    sizes = [((point.parameters, point.samples), point.loss) for point in points]
+    along = _along(points, logged or {})
+    sizes = [((point.parameters, point.samples), point.loss) for point in along]
     both, why_not = _try(sizes, ("N", "D"), bootstraps)
-    summary["L(N, D)"] = _of_law(both) if both else {"left_out": why_not}
+    summary["L(N, D)"] = {
+        **({"fitted_to": f"{len(sizes)} losses along the runs"} if logged else {}),
+        **(_of_law(both) if both else {"left_out": why_not}),
+    }
     if budgets or notes:
         summary["isoflop"] = {
             "minima": [
@@ -108,9 +119,20 @@ def examine(
             power = fit.fit_power(*zip(*inside, strict=True))
             exponent = power.exponent._asdict()
             summary["isoflop"]["best_size"] = {"factor": power.factor, "exponent": exponent}
-    foretold = _foretell(points, held_out, bootstraps, summary)
+    foretold = _foretell(points, along, held_out, bootstraps, summary)
     summary["correlations"] = _correlations([metrics for _, metrics in found], loss)
     return Study(tuple(points), law, fitted, budgets, foretold, summary)
+
+
+def _along(
+    points: Sequence[Point], logged: Mapping[str, Sequence[tuple[float, float]]]
+) -> list[Point]:
+    """The losses along the training of each run that has some, else its end."""
+    return [
+        point._replace(samples=samples, flops=point.flops * samples / point.samples, loss=loss)
+        for point in points
+        for samples, loss in logged.get(point.name, ((point.samples, point.loss),))
+    ]
 
 
 def _budgets(
@@ -159,14 +181,18 @@ def _of_law(law: fit.Law) -> dict[str, Any]:
 
 
 def _foretell(
-    points: Sequence[Point], held_out: str, bootstraps: int, summary: dict[str, Any]
+    points: Sequence[Point],
+    along: Sequence[Point],
+    held_out: str,
+    bootstraps: int,
+    summary: dict[str, Any],
 ) -> tuple[tuple[Point, fit.Interval], ...]:
     """One run, foretold by all others: from compute; from size and samples, where both vary."""
     if not points:
         return ()
     chosen = next((point for point in points if point.name == held_out), points[-1])
     others = [point for point in points if point is not chosen]
-    sizes = [((point.parameters, point.samples), point.loss) for point in others]
+    sizes = [((p.parameters, p.samples), p.loss) for p in along if p.name != chosen.name]
     law, _ = _try(sizes, ("N", "D"), bootstraps)
     inputs = {"N": chosen.parameters, "D": chosen.samples}
     if law is None:

@@ -1,11 +1,12 @@
 """Results of made-up sweeps with known laws: fits, the held-out run, correlations, figures."""
 
+import math
 import xml.etree.ElementTree as xml
 
 import numpy as np
 import pytest
 
-from mmdit_jax.scaling import plot, study
+from mmdit_jax.scaling import plot, results, study
 
 
 def row(name, parameters, samples, flops, **metrics):
@@ -76,6 +77,66 @@ def test_minima_of_budgets_give_the_best_size():
     assert found.summary["L(N, D)"]["exponent of N"]["value"] == pytest.approx(0.4, abs=0.02)
     assert found.summary["held_out"]["law"].startswith("L(N, D)")
     assert "geneval/overall" not in found.summary["correlations"]  # does not vary
+
+
+def test_losses_along_the_runs_foretell_one_that_was_left_out():
+    def loss(parameters, samples):
+        return 0.3 + 20 * parameters**-0.4 + 50 * samples**-0.4
+
+    # What the ends say is wrong, and only read where it is the loss to be foretold.
+    rows = [row(f"d{n}", 1e5 * n**3, 1e6, 1e10 * n**3, loss=9.0) for n in (1, 2, 3, 4)]
+    rows.append(row("d6", 216e5, 1e6, 216e10, loss=loss(216e5, 1e6)))
+    logged = {
+        each["name"]: [(d, loss(each["parameters"], d)) for d in (2e5, 4e5, 6e5, 8e5, 1e6)]
+        for each in rows
+    }
+    found = study.examine(rows, bootstraps=20, logged=logged).summary
+    assert found["L(N, D)"]["fitted_to"] == "25 losses along the runs"
+    for name in "ND":
+        assert found["L(N, D)"][f"exponent of {name}"]["value"] == pytest.approx(0.4, abs=1e-3)
+    held = found["held_out"]
+    assert held["law"] == "L(N, D) of the other 4 runs"
+    assert held["error"] == pytest.approx(0, abs=1e-5)
+    logged["d6"] = [(d, 7.0) for d, _ in logged["d6"]]  # nothing of it is fitted
+    assert study.examine(rows, bootstraps=20, logged=logged).summary["held_out"] == held
+
+
+def test_control_settings_are_all_samplers_and_weights_that_have_both_metrics():
+    def content(weights, steps, **metrics):
+        settings = {"weights": weights, "clip_score": {"steps": steps, "cfg": 5.0}}
+        return {"settings": settings, **metrics}
+
+    scores = {"clip_score": {"clip_score": 30.0}, "fid": {"clip_fid": 4.0}}
+    evaluations = {
+        "--samplers=5:5,50:5": {
+            "each": [content("ema", 5, **scores), content("raw", 50, **scores)]
+        },
+        "--steps=10": content("ema", 10, **scores),
+        "--evaluators=clip_score": content("ema", 25, clip_score=scores["clip_score"]),
+    }
+    rows = [{"name": name, "evaluations": evaluations} for name in ("a", "b")]
+    found = results.control_settings(rows, "clip_score/clip_score", "fid/clip_fid")
+    places = [(each["variant"], each["steps"], each["weights"]) for each in found]
+    expected = [(5, "ema"), (50, "raw"), (10, "ema")]
+    assert places == [(name, *each) for name in ("a", "b") for each in expected]
+    assert all((each["clip_score"], each["fid"], each["cfg"]) == (30, 4, 5) for each in found)
+    assert results.control_settings(rows, "geneval/overall", "fid/clip_fid") == []
+    for whole in rows[0]["evaluations"].values():
+        for content in results.each(whole):
+            content.get("fid", {})["clip_fid"] = None  # it was not finite
+    worst = results.control_settings(rows[:1], "clip_score/clip_score", "fid/clip_fid")
+    assert worst and all(math.isnan(each["fid"]) for each in worst)
+
+
+def test_losses_of_a_log_start_where_they_are_asked_for():
+    log = [
+        {"step": 1, "samples": 8, "val/loss": 3.0},
+        {"step": 2, "samples": 16, "train/loss": 2.0},
+        {"step": 2, "samples": 16, "val/loss": 2.5},
+    ]
+    assert results.losses_along(["a"], [log], 1) == {"a": [(8, 3.0), (16, 2.5)]}
+    assert results.losses_along(["a"], [log], 2) == {"a": [(16, 2.5)]}
+    assert results.losses_along(["a"], [log], 0) == {}
 
 
 def test_a_run_that_failed_is_in_no_fit():
