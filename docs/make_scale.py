@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from configs import mmdit  # noqa: E402
-from mmdit_jax.models.mmdit import REMAT_POLICIES  # noqa: E402
+from mmdit_jax.models.backbone import REMAT_POLICIES  # noqa: E402
 from mmdit_jax.scaling import chips, flops, search  # noqa: E402
 from mmdit_jax.training import state as state_lib  # noqa: E402
 
