@@ -4,7 +4,6 @@ Every random number of step s comes from fold_in(fold_in(key(seed), s), purpose)
 array over the global batch, so a sample sees the same t, noise, dropout and latent on any mesh.
 """
 
-import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -231,27 +230,6 @@ def make_train_step(
     return train_step
 
 
-# On CPU: matrix products by Eigen, nothing is fused into calls of YNNPACK.
-_EIGEN = {"xla_cpu_experimental_ynn_fusion_type": ""}
-
-
-def compiler_options(platform: str) -> dict[str, str]:
-    """What XLA compiles the step with beside its defaults: on CPU Eigen in place of YNNPACK.
-
-    A version of XLA that does not know the option compiles as it does by itself.
-    """
-    return _EIGEN if platform == "cpu" and _eigen_is_known() else {}
-
-
-@functools.cache
-def _eigen_is_known() -> bool:
-    try:
-        jax.jit(abs, compiler_options=_EIGEN).lower(0.0).compile()
-    except jax.errors.JaxRuntimeError:  # as of every option that is not known
-        return False
-    return True
-
-
 def lower_train_step(
     train_step: Callable, plan: StatePlan, mesh: Mesh, batch: Mapping[str, Any]
 ) -> jax.stages.Lowered:
@@ -272,7 +250,6 @@ def lower_train_step(
         out_shardings=(plan.shardings, sharding.replicated(mesh)),
         donate_argnums=0,
         keep_unused=True,
-        compiler_options=compiler_options(mesh.devices.flat[0].platform),
     )
     with jax.set_mesh(mesh):
         return jitted.lower(plan.abstract, batch)

@@ -144,28 +144,6 @@ def test_a_batch_of_a_shape_that_was_not_compiled_is_refused():
         step(None, {"latent": jnp.zeros((8, 2, 8, 8))})
 
 
-@pytest.mark.parametrize("known", [True, False])
-def test_products_on_cpu_are_eigens_where_xla_knows_the_option(monkeypatch, known):
-    """An option that XLA does not know would end the start of a run."""
-    if not known:
-        monkeypatch.setattr(step_lib, "_EIGEN", {"xla_cpu_no_such_option": ""})
-    step_lib._eigen_is_known.cache_clear()
-    try:
-        assert step_lib.compiler_options("cpu") == (step_lib._EIGEN if known else {})
-        assert step_lib.compiler_options("tpu") == {}
-        mesh = sharding.make_mesh(devices=jax.devices()[:1])
-        _, plan = run.plan(run.build(tiny_config(**{"model.depth": 1})), mesh)
-        lowered = step_lib.lower_train_step(
-            lambda state, batch: (state, {"loss": jnp.sum(batch["latent"] @ batch["latent"])}),
-            plan,
-            mesh,
-            {"latent": jax.ShapeDtypeStruct((512, 512), jnp.float32)},
-        )
-        assert ("ynn_fusion" in lowered.compile().as_text()) == (not known)
-    finally:
-        step_lib._eigen_is_known.cache_clear()
-
-
 def fresh_state(step, params):
     opt_state = optax.sgd(1.0).init(params)
     return state_lib.TrainState(step, params, None, opt_state, guard_lib.fresh(4))
