@@ -118,7 +118,7 @@ def test_a_report_of_runs_and_of_a_sweep_needs_nothing_else(commands, trained, t
     assert {"fits.json", "pareto.png", "loss_over_compute.svg", "fid_fid_over_loss.png"} <= names
     fits = json.loads((sweep / "figures" / "fits.json").read_text())
     assert fits["held_out"]["run"] == "depth-4" and fits["runs"] == 5
-    assert "D is the same" in fits["L(N, D)"]["left_out"]
+    assert "5 losses at [5, 5] inputs for 5 parameters" in fits["L(N, D)"]["left_out"]
     commands.run("mmdit_jax.report", str(sweep), "--along=4")
     fits = json.loads((sweep / "figures" / "fits.json").read_text())
     assert fits["L(N, D)"]["fitted_to"] == "5 losses along the runs"  # of step 6, not 3

@@ -66,12 +66,13 @@ class TransformersDetector:
         logging.disable_progress_bar()  # of loading
         self._torch, self._masks = torch, config.get("model_type") in SEGMENTERS
         kind = AutoModelForUniversalSegmentation if self._masks else AutoModelForObjectDetection
-        local = {"local_files_only": True, "trust_remote_code": False}
         try:
             self._processor = AutoImageProcessor.from_pretrained(
-                str(folder), backend="pil", **local
+                str(folder), backend="pil", local_files_only=True, trust_remote_code=False
             )
-            self._model = kind.from_pretrained(str(folder), use_safetensors=True, **local)
+            self._model = kind.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False, use_safetensors=True
+            )
         except (ValueError, ImportError, OSError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"{folder} is no detector of transformers ({reason})") from error

@@ -123,7 +123,7 @@ def chosen(implementation: str, dtype: jnp.dtype) -> str:
 
 def xla_attention(q_BLNK: jax.Array, k_BMNK: jax.Array, v_BMNK: jax.Array) -> jax.Array:
     """Plain products and a softmax: any device, any type, (B, N, L, M) logits in memory."""
-    return checkpoint_name(_softmax_attention(q_BLNK, k_BMNK, v_BMNK), OUTPUT)
+    return _softmax_attention(q_BLNK, k_BMNK, v_BMNK)
 
 
 @jax.custom_vjp
@@ -144,7 +144,8 @@ def _softmax_forward(q_BLNK: jax.Array, k_BMNK: jax.Array, v_BMNK: jax.Array):
     sum_BLN1 = jnp.sum(p_BNLM, axis=-1).swapaxes(1, 2)[..., None]
     p_BNLM = p_BNLM.astype(v_BMNK.dtype)
     o_BLNK = jnp.einsum("bnlm,bmnk->blnk", p_BNLM, v_BMNK, preferred_element_type=wide)
-    o_BLNK = (o_BLNK / sum_BLN1).astype(v_BMNK.dtype)
+    # Named in here: what a remat policy keeps has to be what the gradient takes.
+    o_BLNK = checkpoint_name((o_BLNK / sum_BLN1).astype(v_BMNK.dtype), OUTPUT)
     return o_BLNK, (q_BLNK, k_BMNK, v_BMNK, p_BNLM, sum_BLN1, o_BLNK)
 
 
