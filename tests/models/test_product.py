@@ -131,10 +131,8 @@ def cosine(a, b):
     return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name if name == "mmdit" else pytest.param(name, marks=pytest.mark.long) for name in BACKBONES],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("name", BACKBONES)
 def test_gradients_of_every_backbone_point_where_the_exact_ones_do(qwix, name):
     """Under scan and remat; of each block, so that none passes its gradient by."""
     model, params, inputs = tiny(name, depth=3)
