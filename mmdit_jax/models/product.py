@@ -107,7 +107,7 @@ def _multiply(
         [axis for axis in range(factor.ndim) if axis not in axes]
         for factor, axes in zip((x, kernel), contracted, strict=True)
     )
-    # In float32: a quotient of up to 127 in bfloat16 would be rounded twice. None of it is stored.
+    # In float32: a quotient of up to 127 in bfloat16 would be rounded twice.
     quantized_x = qwix.quantize(x.astype(jnp.float32), dtype, channelwise_axes=rows)
     quantized_kernel = jax.tree.map(
         lambda part: gather_kernel(part, names),  # values and scales
