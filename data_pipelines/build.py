@@ -22,6 +22,7 @@ part it was making, and the same command, or any other number of processes, goes
 """
 
 import dataclasses
+import operator
 import shlex
 import warnings
 
@@ -201,27 +202,33 @@ def train_command(settings: Settings, manifest: Manifest) -> str:
     """The next command: the config that this data set fits, with what differs from its defaults."""
     lengths = settings.lengths()
     arguments = f"resolution={settings.resolution},text_length={lengths['clip_l']}"
-    overrides = []
-    if lengths["t5"] != lengths["clip_l"]:
-        overrides.append(f"--config.data.text_encoders.t5.length={lengths['t5']}")
     if settings.source == "shapes" and not settings.text_paths():
         file = "configs/shapes.py"
     elif not settings.text_paths():
         file = "configs/folder.py"
     else:
         file = "configs/mmdit.py"
-    config = config_lib.default(resolution=settings.resolution)
+    config = config_lib.default(resolution=settings.resolution, text_length=lengths["clip_l"])
     if file != "configs/mmdit.py":
         presets.use_builtin_encoders(config, text_length=lengths["clip_l"])
-    latents = manifest.autoencoder
-    for name, default, value in (
-        ("data.kind", config.data.kind, latents["kind"]),
-        ("data.factor", config.data.factor, latents["factor"]),
-        ("model.channels", config.model.channels, latents["channels"]),
-        ("data.text_storage", config.data.text_storage, manifest.text_storage),
-    ):
-        if value != default:
-            overrides.append(f"--config.{name}={value}")
+    latents, encoders = manifest.autoencoder, manifest.text_encoders
+    values = {
+        "data.kind": latents["kind"],
+        "data.factor": latents["factor"],
+        "model.channels": latents["channels"],
+        "data.text_storage": manifest.text_storage,
+    }
+    for name, encoder in encoders.items():
+        for size in ("length", "width", "pooled_width"):
+            values[f"data.text_encoders.{name}.{size}"] = encoder[size] or 0
+    if encoders:
+        clip = encoders["clip_l"]["width"] + encoders["clip_g"]["width"]
+        values["model.context_width"] = max(clip, encoders["t5"]["width"])
+    overrides = [
+        f"--config.{key}={value}"
+        for key, value in values.items()
+        if value != operator.attrgetter(key)(config)
+    ]
     output = settings.output.rstrip("/")
     return shlex.join(
         ["python", "-m", "mmdit_jax.train", f"--config={file}:{arguments}"]

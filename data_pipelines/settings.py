@@ -116,7 +116,14 @@ class Settings:
         """The picture sizes of the data set; raises ValueError."""
         if self.buckets == "square":
             return (Bucket(self.resolution, self.resolution),)
-        return aspect_buckets(self.resolution, self.bucket_step, self.max_aspect or LONGEST)
+        sizes = aspect_buckets(self.resolution, self.bucket_step, self.max_aspect or LONGEST)
+        if len(sizes) == 1:
+            raise ValueError(
+                f"--buckets=aspect has only the square at --resolution={self.resolution}, "
+                f"--bucket_step={self.bucket_step} and --max_aspect={self.max_aspect:g}: use a "
+                "smaller step or a longer aspect, or --buckets=square"
+            )
+        return sizes
 
     def open_embedding(self) -> Embedding:
         """What near copies are compared by; raises ValueError."""

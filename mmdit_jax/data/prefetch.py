@@ -31,11 +31,13 @@ class HostBatches(Iterator[Any]):
         Args:
           read: Step -> batch; called from several threads.
           start_step: First step.
-          threads: Batches that are read at the same time.
+          threads: Batches that are read at the same time, no more than `prefetch`.
           prefetch: Batches that are read ahead.
         """
         self._read, self._step, self._deaths = read, start_step, 0
-        self._options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
+        self._options = grain.ReadOptions(
+            num_threads=min(threads, prefetch), prefetch_buffer_size=prefetch
+        )
         self._readers: grain.DatasetIterator | None = self._start()
 
     def _start(self) -> grain.DatasetIterator:

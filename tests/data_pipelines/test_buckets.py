@@ -119,8 +119,8 @@ def test_a_longer_picture_goes_to_the_longest_bucket_unless_max_aspect_drops_it(
     assert Bucket(16, 64) in manifest.buckets and dropped(bucketed().output) == {
         "long.png": "aspect"
     }
-    manifest = pipeline.build(bucketed(max_aspect=3.0, overwrite=True))
-    assert manifest.buckets == (Bucket(32, 32),)
+    with pytest.raises(ValueError, match="only the square .* --max_aspect=3: use"):
+        pipeline.build(bucketed(max_aspect=3.0, overwrite=True))
 
 
 def test_near_copies_are_compared_at_one_size(bucketed, records, dropped):
@@ -142,6 +142,7 @@ def test_a_square_build_has_one_bucket_and_no_histogram(settings, images, capsys
         ({"buckets": "wide"}, "--buckets=wide.*square or aspect"),
         ({"bucket_step": 24}, "--bucket_step=24.*16.*use 32|--bucket_step=24.*use 16"),
         ({"bucket_step": 48}, "32 is no multiple of the bucket step 48"),
+        ({"bucket_step": 32}, "only the square at --resolution=32, --bucket_step=32"),
         ({"buckets": "square"}, "--bucket_step=16 has no effect.*--buckets=aspect"),
         ({"source": "shapes"}, "--buckets=aspect has no effect.*shapes"),
         ({"pixel_factor": 32}, "--bucket_step=16 is no multiple of the factor 32"),

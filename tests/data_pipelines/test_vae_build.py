@@ -123,7 +123,12 @@ def test_the_next_command_names_what_differs_from_the_config(asked, change, over
     settings = asked(**change)
     said = shlex.split(train_command(settings, pipeline.build(settings)))
     assert said[3] == "--config=configs/mmdit.py:resolution=16,text_length=8"
-    assert said[6:] == overrides
+    widths = [("clip_l", 16, 16), ("clip_g", 16, 16), ("t5", 16, None)]
+    for name, width, pooled_width in widths:
+        overrides = [*overrides, f"--config.data.text_encoders.{name}.width={width}"]
+        if pooled_width:
+            overrides += [f"--config.data.text_encoders.{name}.pooled_width={pooled_width}"]
+    assert said[6:] == [*overrides, "--config.model.context_width=32"]
 
 
 def test_the_next_command_is_short_for_the_published_autoencoder(asked):
