@@ -77,21 +77,24 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return _fitted(x, [RULES[axis] if axis else None for axis in axes])
 
 
-def on_shards(function: Callable[[Any], Any], axes: Sequence[str | None], arrays: Any) -> Any:
+def on_shards(
+    function: Callable[..., Any], axes: Sequence[str | None], arrays: Any, *whole: jax.Array
+) -> Any:
     """Applies a function to what each device of the mesh holds of activations; without one, to all.
 
     For kernels that the partitioner cannot look into, and for collectives written by hand.
 
     Args:
-        function: tree of blocks -> tree of blocks with the same logical axes; may use collectives
-            over the mesh axes.
+        function: (tree of blocks, *whole) -> tree of blocks with the same logical axes; may use
+            collectives over the mesh axes.
         axes: logical names of the axes of every array and of every result. One that does not divide
             all of them is left out: each device works on all of it (a batch of one, to initialise).
         arrays: tree.
+        whole: arrays that each device has all of.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return function(arrays)
+        return function(arrays, *whole)
     sizes = zip(*(array.shape for array in jax.tree.leaves(arrays)), strict=True)
     named = [RULES[axis] if axis else None for axis in axes]
     spec = PartitionSpec(
@@ -100,7 +103,9 @@ def on_shards(function: Callable[[Any], Any], axes: Sequence[str | None], arrays
             for axis, of_axis in zip(named, sizes, strict=True)
         )
     )
-    return jax.shard_map(function, in_specs=(spec,), out_specs=spec, check_vma=False)(arrays)
+    in_specs = (spec, *[PartitionSpec()] * len(whole))
+    shards = jax.shard_map(function, in_specs=in_specs, out_specs=spec, check_vma=False)
+    return shards(arrays, *whole)
 
 
 def context_ways() -> int:
@@ -124,6 +129,12 @@ def platform() -> str:
     """ "cpu", "gpu" or "tpu": of the mesh that is entered, which may not be of this machine."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
+
+
+def device_kind() -> str:
+    """ "TPU v5 lite", "TPU v6 lite", ...: of the mesh that is entered, as `platform`."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.devices()[0].device_kind if device is None else device.device_kind
 
 
 def entered(mesh: Mesh | None) -> contextlib.AbstractContextManager:

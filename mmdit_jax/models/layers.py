@@ -94,20 +94,23 @@ add_bias.defvjp(lambda y, bias: (add_bias(y, bias), bias), _add_bias_backward)
 class RMSNorm(nn.Module):
     """RMSNorm over the head size with one learnable scale for all heads (paper 5.3.2)."""
 
-    dtype: Any = jnp.float32
+    features: int
 
-    @nn.compact
+    def setup(self):
+        ones = nn.with_logical_partitioning(nn.initializers.ones_init(), ("head",))
+        self.scale_K = self.param("scale", ones, (self.features,), jnp.float32)
+
     def __call__(self, x_BLNK: jax.Array) -> jax.Array:
-        scale_K = self.param(
-            "scale",
-            nn.with_logical_partitioning(nn.initializers.ones_init(), ("head",)),
-            (x_BLNK.shape[-1],),
-            jnp.float32,
-        )
-        x = x_BLNK.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + NORM_EPSILON)
-        # SD3 rounds to the compute dtype before the scale (conventions 1.4).
-        return x.astype(self.dtype) * jnp.expand_dims(scale_K, (0, 1, 2)).astype(self.dtype)
+        return rms_norm(x_BLNK, self.scale_K)
+
+
+def rms_norm(x_BLNK: jax.Array, scale_K: jax.Array) -> jax.Array:
+    """RMSNorm over the last axis, its root in float32."""
+    x = x_BLNK.astype(jnp.float32)
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + NORM_EPSILON)
+    # SD3 rounds to the compute dtype before the scale (conventions 1.4).
+    dtype = x_BLNK.dtype
+    return x.astype(dtype) * jnp.expand_dims(scale_K, (0, 1, 2)).astype(dtype)
 
 
 # What is cheap to compute again keeps its argument for the backward pass and nothing in between.

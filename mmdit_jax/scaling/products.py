@@ -8,11 +8,21 @@ import math
 import re
 from typing import Any, NamedTuple
 
+from mmdit_jax.models.flash import HEAD
+
 # Matrix products over all (query, key) pairs in Pallas' attention kernels, by a word of their name:
 # those that contract the features of a head (scores, dP), and those that contract tokens. XLA sees
 # a custom call without any cost. Forward: scores; values. dq: scores again, dP; dq. dkv: scores
-# again, dP; dk, dv, and where it is the only kernel backward also dq.
-KERNELS = {"dkv": (2, 2), "dq": (2, 1), "fwd": (1, 1), "flash_attention": (1, 1), "splash": (1, 1)}
+# again, dP; dk, dv, and where it is the only kernel backward also dq. Ours (`OURS`) backward: all.
+KERNELS = {
+    "flash_bwd": (2, 3),
+    "dkv": (2, 2),
+    "dq": (2, 1),
+    "fwd": (1, 1),
+    "flash_attention": (1, 1),
+    "splash": (1, 1),
+}
+OURS = ("flash_bwd", "flash_fwd")  # of models/flash.py: heads side by side
 
 
 class Product(NamedTuple):
@@ -65,6 +75,9 @@ def _attention(instruction: Any, operands: list[Any]) -> list[Product]:
     if len(arrays) < 2 or counts is None:
         return []
     query, key, dtype = arrays[0].dims, arrays[1].dims, arrays[0].dtype
+    if any(name in instruction.text for name in OURS):  # (B, L, D)
+        heads = query[-1] // HEAD
+        query, key = (query[0], heads, query[1], HEAD), (key[0], heads, key[1], HEAD)
     batch, (logits, values) = math.prod(query[:-2]), counts
     # The only kernel backward gives a part of dq for every block of keys: one axis more.
     if counts == KERNELS["dkv"]:
