@@ -68,6 +68,13 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "head": None,
 }
 
+# Inputs of kernels that fsdp splits in place of the outputs, where tensor does not: whole rows are
+# gathered to where they belong, parts of rows are copied there.
+BY_ROWS = ("mlp", "heads_out")
+
+# Of the vector registers of a TPU.
+LANES = 128
+
 # A parameter of more elements than this must be split whenever the mesh has an fsdp axis.
 LARGE_PARAMETER = 1 << 20
 
@@ -195,11 +202,21 @@ def kernel_gradient(
         summed.remove("fsdp")
 
     def on_one(x: jax.Array, dy: jax.Array) -> jax.Array:
+        shape_of_outputs = dy.shape[x.ndim - 1 :]
         # Flat: what has more dimensions the TPU compiler sums on every device, and cuts it then.
-        part = multiply(x, dy.reshape(*x.shape[:-1], -1))
+        dy = dy.reshape(*x.shape[:-1], -1)
+        outputs = dy.shape[-1]
         if scattered == 0:
+            # Of columns that are an odd number of lanes, as 2432 and 7296, the compiler for v6e
+            # sums all rows on every device, which moves twice the bytes.
+            odd = outputs % (2 * LANES) == LANES
+            part = multiply(x, jnp.pad(dy, [(0, 0)] * (dy.ndim - 1) + [(0, LANES * odd)]))
             part = jax.lax.psum_scatter(part, "fsdp", tiled=True)
-        part = part.reshape(-1, *dy.shape[x.ndim - 1 :])
+            # Without the barrier it exchanges both cuts, and then fails.
+            part = jax.lax.optimization_barrier(part)[:, :outputs] if odd else part
+        else:
+            part = multiply(x, dy)
+        part = part.reshape(-1, *shape_of_outputs)
         if scattered:
             part = jax.lax.psum_scatter(part, "fsdp", scatter_dimension=scattered, tiled=True)
         return jax.lax.psum(part, summed)
@@ -290,6 +307,10 @@ def _place(shape: Sequence[int], names: Sequence[str], sizes: dict[str, int]) ->
         ]
         if free and axis not in spec:
             spec[max(free, key=lambda dim: shape[dim])] = axis
+    inputs = len(names) - 2
+    if spec[inputs:] == [None, "fsdp"] and names[inputs] in BY_ROWS:
+        if shape[inputs] % sizes["fsdp"] == 0:
+            spec[inputs:] = ["fsdp", None]
     return spec
 
 

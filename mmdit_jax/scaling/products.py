@@ -8,7 +8,7 @@ import math
 import re
 from typing import Any, NamedTuple
 
-from mmdit_jax.models.flash import HEAD
+from mmdit_jax.config import HEAD_SIZE
 
 # Matrix products over all (query, key) pairs in Pallas' attention kernels, by a word of their name:
 # those that contract the features of a head (scores, dP), and those that contract tokens. XLA sees
@@ -76,8 +76,8 @@ def _attention(instruction: Any, operands: list[Any]) -> list[Product]:
         return []
     query, key, dtype = arrays[0].dims, arrays[1].dims, arrays[0].dtype
     if any(name in instruction.text for name in OURS):  # (B, L, D)
-        heads = query[-1] // HEAD
-        query, key = (query[0], heads, query[1], HEAD), (key[0], heads, key[1], HEAD)
+        heads = query[-1] // HEAD_SIZE
+        query, key = (query[0], heads, query[1], HEAD_SIZE), (key[0], heads, key[1], HEAD_SIZE)
     batch, (logits, values) = math.prod(query[:-2]), counts
     # The only kernel backward gives a part of dq for every block of keys: one axis more.
     if counts == KERNELS["dkv"]:
