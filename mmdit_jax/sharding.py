@@ -68,12 +68,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "head": None,
 }
 
-# Inputs of kernels that fsdp splits in place of the outputs, where tensor does not: whole rows are
-# gathered to where they belong, parts of rows are copied there.
+# Inputs of kernels that fsdp splits in place of outputs: rows are gathered to where they belong.
 BY_ROWS = ("mlp", "heads_out")
-
-# Of the vector registers of a TPU.
-LANES = 128
 
 # A parameter of more elements than this must be split whenever the mesh has an fsdp axis.
 LARGE_PARAMETER = 1 << 20
@@ -81,7 +77,7 @@ LARGE_PARAMETER = 1 << 20
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pins an activation to the mesh by logical axis names; does nothing where there is no mesh."""
-    return _fitted(x, [RULES[axis] if axis else None for axis in axes])
+    return fitted(x, [RULES[axis] if axis else None for axis in axes])
 
 
 def on_shards(
@@ -106,7 +102,7 @@ def on_shards(
     named = [RULES[axis] if axis else None for axis in axes]
     spec = PartitionSpec(
         *(
-            axis if all(_divides(mesh, axis, size) for size in set(of_axis)) else None
+            axis if all(divides(mesh, axis, size) for size in set(of_axis)) else None
             for axis, of_axis in zip(named, sizes, strict=True)
         )
     )
@@ -157,29 +153,16 @@ def gather(params: Any) -> Any:
     return jax.tree.map(lambda leaf: constrain(leaf, *[None] * leaf.ndim), params)
 
 
-def gather_kernel(kernel: jax.Array, names: Sequence[str]) -> jax.Array:
-    """A parameter whole along fsdp, as it is used; what tensor splits stays split.
-
-    Left to itself the TPU compiler turns a product with a split kernel into a loop over its parts,
-    19 columns of 2432 on 128 chips. What is gathered is split until here: cast or quantised before.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return kernel
-    kernel = _fitted(kernel, _place(kernel.shape, names, dict(mesh.shape)))
-    return _fitted(kernel, ["tensor" if RULES[n] == "tensor" else None for n in names])
-
-
 def kernel_gradient(
     multiply: Callable[..., jax.Array], x: jax.Array, dy: jax.Array, names: Sequence[str]
 ) -> jax.Array:
-    """The gradient of what `gather_kernel` returned, summed over devices, to where it lies.
+    """The gradient of a gathered kernel, summed over devices, to where it lies.
 
     By hand: the partitioner makes a loop over parts of the kernel of this sum, or sums all of it on
     every device and cuts it then: twice the bytes of a reduce-scatter.
 
     Args:
-        multiply: (x, dy) of some samples, dy with one axis of outputs -> (inputs, outputs).
+        multiply: (x, dy) of some samples, dy with one axis of outputs -> (inputs, outputs or more).
         x, dy: (B, inputs) or (B, L, inputs) that the kernel multiplied; gradient of the result.
         names: logical axes of the kernel.
     """
@@ -187,11 +170,11 @@ def kernel_gradient(
     if mesh.empty:
         return multiply(x, dy.reshape(*x.shape[:-1], -1)).reshape(-1, *dy.shape[x.ndim - 1 :])
     rows = [
-        RULES[name] if _divides(mesh, RULES[name], size) else None
+        RULES[name] if divides(mesh, RULES[name], size) else None
         for name, size in zip(("batch", "tokens")[: x.ndim - 1], x.shape[:-1], strict=True)
     ]
     shape = (x.shape[-1], *dy.shape[x.ndim - 1 :])
-    place = _place(shape, names, dict(mesh.shape))
+    place = place_of(shape, names, dict(mesh.shape))
     pairs = zip(names, place, strict=True)
     columns = tuple("tensor" if RULES[n] == axis == "tensor" else None for n, axis in pairs)
     split = list(columns)
@@ -202,21 +185,15 @@ def kernel_gradient(
         summed.remove("fsdp")
 
     def on_one(x: jax.Array, dy: jax.Array) -> jax.Array:
-        shape_of_outputs = dy.shape[x.ndim - 1 :]
         # Flat: what has more dimensions the TPU compiler sums on every device, and cuts it then.
-        dy = dy.reshape(*x.shape[:-1], -1)
-        outputs = dy.shape[-1]
+        flat = dy.reshape(*x.shape[:-1], -1)
+        part = multiply(x, flat)
         if scattered == 0:
-            # Of columns that are an odd number of lanes, as 2432 and 7296, the compiler for v6e
-            # sums all rows on every device, which moves twice the bytes.
-            odd = outputs % (2 * LANES) == LANES
-            part = multiply(x, jnp.pad(dy, [(0, 0)] * (dy.ndim - 1) + [(0, LANES * odd)]))
             part = jax.lax.psum_scatter(part, "fsdp", tiled=True)
-            # Without the barrier it exchanges both cuts, and then fails.
-            part = jax.lax.optimization_barrier(part)[:, :outputs] if odd else part
-        else:
-            part = multiply(x, dy)
-        part = part.reshape(-1, *shape_of_outputs)
+        if part.shape[1] > flat.shape[-1]:
+            # Without the barrier the TPU compiler exchanges both cuts, and then fails.
+            part = jax.lax.optimization_barrier(part)[:, : flat.shape[-1]]
+        part = part.reshape(-1, *dy.shape[x.ndim - 1 :])
         if scattered:
             part = jax.lax.psum_scatter(part, "fsdp", scatter_dimension=scattered, tiled=True)
         return jax.lax.psum(part, summed)
@@ -227,16 +204,16 @@ def kernel_gradient(
         out_specs=PartitionSpec(*split),
         check_vma=False,
     )(x, dy)
-    return _fitted(gradient, place)
+    return fitted(gradient, place)
 
 
-def _fitted(x: jax.Array, spec: Sequence[Any]) -> jax.Array:
+def fitted(x: jax.Array, spec: Sequence[Any]) -> jax.Array:
     """Pinned to the mesh axes of `spec` that divide it; as it is where there is no mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
     pairs = zip(spec, x.shape, strict=True)
-    fitting = [axis if _divides(mesh, axis, size) else None for axis, size in pairs]
+    fitting = [axis if divides(mesh, axis, size) else None for axis, size in pairs]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*fitting))
 
 
@@ -264,7 +241,7 @@ def parameter_shardings(abstract: Any, mesh: Mesh | AbstractMesh) -> Any:
     sizes = dict(mesh.shape)
     paths = jax.tree_util.tree_flatten_with_path(abstract, is_leaf=_is_boxed)[0]
     placed = [(path, leaf.value.shape, leaf.names) for path, leaf in paths]
-    specs = [_place(shape, names, sizes) for _, shape, names in placed]
+    specs = [place_of(shape, names, sizes) for _, shape, names in placed]
     cut = _cut_heads(placed, sizes["tensor"])
     if cut:
         fits = [n for n in divisors(mesh.size) if n > 1 and not _cut_heads(placed, n)]
@@ -277,17 +254,15 @@ def parameter_shardings(abstract: Any, mesh: Mesh | AbstractMesh) -> Any:
         replicas = sizes["data"] * sizes["fsdp"]
         fits = [n for n in divisors(replicas) if not _whole(placed, sizes | {"fsdp": n})]
         fitting = ", ".join(f"fsdp={n} data={replicas // n}" for n in fits if n > 1)
-        remedy = "choose an fsdp size that divides the width (64 x depth), the rest is for data"
-        if fitting:
-            remedy = f"with data x fsdp = {replicas} these fit: {fitting}"
-        raise ValueError(
-            f"fsdp={sizes['fsdp']} divides no dimension of {', '.join(whole)}; {remedy}"
-        )
+        remedy = f"with data x fsdp = {replicas} these fit: {fitting}" if fitting else ""
+        remedy = remedy or "choose an fsdp size that divides the width (64 x depth)"
+        whole = ", ".join(whole)
+        raise ValueError(f"fsdp={sizes['fsdp']} divides no dimension of {whole}; {remedy}")
     shardings = [NamedSharding(mesh, PartitionSpec(*spec)) for spec in specs]
     return jax.tree.unflatten(jax.tree.structure(abstract, is_leaf=_is_boxed), shardings)
 
 
-def _place(shape: Sequence[int], names: Sequence[str], sizes: dict[str, int]) -> list[str | None]:
+def place_of(shape: Sequence[int], names: Sequence[str], sizes: dict[str, int]) -> list[str | None]:
     """The mesh axis of each dimension of a parameter."""
     spec: list[str | None] = [None] * len(shape)
     homeless = []
@@ -309,8 +284,7 @@ def _place(shape: Sequence[int], names: Sequence[str], sizes: dict[str, int]) ->
             spec[max(free, key=lambda dim: shape[dim])] = axis
     inputs = len(names) - 2
     if spec[inputs:] == [None, "fsdp"] and names[inputs] in BY_ROWS:
-        if shape[inputs] % sizes["fsdp"] == 0:
-            spec[inputs:] = ["fsdp", None]
+        spec[inputs:] = ["fsdp", None] if shape[inputs] % sizes["fsdp"] == 0 else [None, "fsdp"]
     return spec
 
 
@@ -321,7 +295,7 @@ def _whole(placed: Sequence[Any], sizes: dict[str, int]) -> list[str]:
         for path, shape, names in placed
         if sizes["fsdp"] > 1
         and math.prod(shape) > LARGE_PARAMETER
-        and "fsdp" not in _place(shape, names, sizes)
+        and "fsdp" not in place_of(shape, names, sizes)
     ]
 
 
@@ -415,7 +389,7 @@ def _is_boxed(leaf: Any) -> bool:
     return isinstance(leaf, nn.meta.AxisMetadata)
 
 
-def _divides(mesh: Any, axis: str | tuple[str, ...] | None, size: int) -> bool:
+def divides(mesh: Any, axis: str | tuple[str, ...] | None, size: int) -> bool:
     if axis is None:
         return False
     axes = (axis,) if isinstance(axis, str) else axis

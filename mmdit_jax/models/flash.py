@@ -119,7 +119,10 @@ def blocks(queries: int, keys: int) -> tuple[tuple[int, int], tuple[int, int]]:
                 return lanes * LANES, fitting or found
             lanes += 1
 
-    (padded, own), (padded_keys, theirs) = sides(queries, LEAST_QUERIES), sides(keys, ONE_BLOCK // 2)
+    (padded, own), (padded_keys, theirs) = (
+        sides(queries, LEAST_QUERIES),
+        sides(keys, ONE_BLOCK // 2),
+    )
     fits = [(a, b) for a in own for b in theirs if a * b <= MOST_LOGITS] or [(own[0], theirs[0])]
     block, key_block = max(fits, key=lambda pair: (pair[0] * pair[1], pair[0]))
     return (padded, block), (padded_keys, key_block)
@@ -343,16 +346,12 @@ def _streams(streams: Sequence[int], shape: tuple[int, ...], start: Any) -> list
     """For each stream, whether rows that begin at `start` belong to it."""
     row = jax.lax.broadcasted_iota(jnp.int32, shape, 0) + start
     ends = [sum(streams[: n + 1]) for n in range(len(streams))]
-    return [
-        (row >= end - size) & (row < end) for size, end in zip(streams, ends, strict=True)
-    ]
+    return [(row >= end - size) & (row < end) for size, end in zip(streams, ends, strict=True)]
 
 
 def _of_head(x: jax.Array) -> jax.Array:
     """Sums over the 64 features of each of both heads, everywhere in its lanes."""
-    return _either(
-        *(jnp.sum(_only(head, x), axis=1, keepdims=True) for head in range(2)), like=x
-    )
+    return _either(*(jnp.sum(_only(head, x), axis=1, keepdims=True) for head in range(2)), like=x)
 
 
 def _only(head: int, x: jax.Array) -> jax.Array:

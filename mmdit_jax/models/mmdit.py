@@ -64,9 +64,7 @@ class JointBlock(nn.Module):
         inside.append(x_block.before(x_BID, y_BD))
         streams = [qkv for qkv, _ in inside]
         tokens = self.tokens or [None] * len(streams)
-        sow_max_logit(
-            self, [qkv.q for qkv in streams], [qkv.k for qkv in streams], tokens, tokens
-        )
+        sow_max_logit(self, [qkv.q for qkv in streams], [qkv.k for qkv in streams], tokens, tokens)
         *o_texts, o_BID = joint_attention(streams, self.tokens, self.attention)
 
         *carried_texts, carried_x = (carried for _, carried in inside)
