@@ -362,8 +362,7 @@ def on_each_device(
         shape: of the array.
 
     Returns:
-        The array -> (devices,) results in the order of `mesh.devices.flat`, each on its device, of
-        every copy.
+        The array -> (devices,) results of every copy, in the order of `mesh.devices.flat`.
     """
     mesh = placed.mesh
     spec = (*placed.spec, *[None] * (len(shape) - len(placed.spec)))
