@@ -34,15 +34,15 @@ NOT_SEARCHED = {"offload": "how long it takes to move to the host and back is no
 # it runs; bytes of a weight that is gathered and of its gradient: read and written, and in buffers.
 # From steps of depth 38 that were compiled (docs/scale.md).
 TRAFFIC = {
-    "full": 360,
-    "attention_out": 335,
-    "offload": 300,
-    "qkv_attention": 300,
-    "dots": 260,
-    "none": 280,
+    "full": 160,
+    "attention_out": 145,
+    "offload": 135,
+    "qkv_attention": 135,
+    "dots": 110,
+    "none": 120,
 }
 AT_WORK = 40
-WEIGHT_TRAFFIC, WEIGHT_AT_WORK = 24, 20
+WEIGHT_TRAFFIC, WEIGHT_AT_WORK = 16, 20
 # A guess of the memory may be that much too small.
 MARGIN = 1.15
 CONTEXTS = (1, 2, 4, 8, 16)
@@ -211,11 +211,7 @@ def memory(sizes: Sizes, mesh: Mapping[str, int], accumulate: int, policy: str) 
     gradients = sharded * (2 if accumulate > 1 else 1)
     each = sizes.width_bytes(mesh) / accumulate
     widths, output = KEPT[policy]
-    if output and sizes.logits:
-        widths += 1
-    elif output:  # splash pads tokens, and heads of 64 to the 128 lanes
-        own = sizes.tokens / context
-        widths += 2 * 128 * math.ceil(own / 128) / own
+    widths += output
     # The input of a block is whole along tensor, what is inside is not.
     kept = depth * each * (1 + (widths - 1) / tensor)
     block = (each * AT_WORK + WEIGHT_AT_WORK * sizes.moved / depth) / tensor
@@ -270,9 +266,10 @@ def _bandwidth(topology: Topology, members: int) -> float:
 def array_flops(config: Config, policy: str, side: int) -> float:
     """FLOPs of training on one sample as matrix units of a side do them.
 
-    What contracts the width rounds it up, the logits of splash attention round up the 64 features
-    of a head, and all of the attention the tokens to a multiple of 128. Its kernels compute the
-    logits a second time for the backward pass: (logits, values) are 1, 1 forward and 2, 3 backward.
+    What contracts the width rounds it up, the logits of the attention round up the 64 features of
+    a head, and all of it the tokens to a multiple of 16 or, where they are several blocks, of 128.
+    Its kernels compute the logits a second time for the backward pass: (logits, values) are 1, 1
+    forward and 2, 3 backward.
     """
 
     def up(size: int, to: int) -> int:
@@ -286,7 +283,7 @@ def array_flops(config: Config, policy: str, side: int) -> float:
     dense = flops.train_per_sample(config) - flops.TRAINING_FACTOR * 2 * depth * pairs
     again = flops.recomputed_per_sample(config, remat=policy)
     again -= (depth - 1) * pairs * (("logits" in recomputed) + kernel_again)
-    product = 2 * depth**2 * up(tokens, 128) ** 2
+    product = 2 * depth**2 * up(tokens, 16 if tokens <= 1024 else 128) ** 2
     logits, values = 3 + kernel_again, 4 + kernel_again
     attention = product * (logits * up(config_lib.HEAD_SIZE, side) + values * config_lib.HEAD_SIZE)
     return (dense + again) * up(width, side) / width + attention
