@@ -290,8 +290,16 @@ def array_flops(config: Config, policy: str, side: int) -> float:
 
 
 def order(every: Iterable[Candidate]) -> list[Candidate]:
-    """By guessed time; of about equal ones (5 %) that with less memory first."""
-    return sorted(every, key=lambda each: (round(math.log(each.cost) / 0.05), each.memory))
+    """By guessed time; of about equal ones (5 %) the simplest first, then that with less memory.
+
+    Guesses know nothing of what a tensor or context axis and micro-batches cost besides.
+    """
+
+    def key(each: Candidate) -> tuple[float, ...]:
+        ways = each.mesh["tensor"] * each.mesh["context"]
+        return round(math.log(each.cost) / 0.05), ways, each.accumulate, each.memory
+
+    return sorted(every, key=key)
 
 
 def guess(every: Iterable[Candidate], limit: float) -> Candidate | None:
