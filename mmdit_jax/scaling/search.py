@@ -45,6 +45,7 @@ AT_WORK = 40
 WEIGHT_TRAFFIC, WEIGHT_AT_WORK = 16, 20
 # A guess of the memory may be that much too small.
 MARGIN = 1.15
+HEAD_LANES = 128  # in which attention on TPU multiplies a head of 64
 CONTEXTS = (1, 2, 4, 8, 16)
 TENSORS = (1, 2)
 ACCUMULATES = (1, 2, 4, 8, 16)
@@ -266,10 +267,10 @@ def _bandwidth(topology: Topology, members: int) -> float:
 def array_flops(config: Config, policy: str, side: int) -> float:
     """FLOPs of training on one sample as matrix units of a side do them.
 
-    What contracts the width rounds it up, the logits of the attention round up the 64 features of
-    a head, and all of it the tokens to a multiple of 16 or, where they are several blocks, of 128.
-    Its kernels compute the logits a second time for the backward pass: (logits, values) are 1, 1
-    forward and 2, 3 backward.
+    What contracts the width rounds it up. The kernels of the attention multiply each head in 128
+    lanes, which its logits round up, and round up the tokens to a multiple of 16 or, where they are
+    several blocks, of 128. They compute the logits a second time for the backward pass: (logits,
+    values) are 1, 1 forward and 2, 3 backward.
     """
 
     def up(size: int, to: int) -> int:
@@ -285,7 +286,7 @@ def array_flops(config: Config, policy: str, side: int) -> float:
     again -= (depth - 1) * pairs * (("logits" in recomputed) + kernel_again)
     product = 2 * depth**2 * up(tokens, 16 if tokens <= 1024 else 128) ** 2
     logits, values = 3 + kernel_again, 4 + kernel_again
-    attention = product * (logits * up(config_lib.HEAD_SIZE, side) + values * config_lib.HEAD_SIZE)
+    attention = product * (logits * up(HEAD_LANES, side) + values * HEAD_LANES)
     return (dense + again) * up(width, side) / width + attention
 
 

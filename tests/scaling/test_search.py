@@ -80,13 +80,14 @@ def test_what_takes_longest_bounds_a_candidate():
         assert each.cost == max(each.seconds.values()) == each.seconds[each.bound]
 
 
-def test_arithmetic_is_that_of_the_model_and_the_logits_once_more_where_nothing_is_rounded():
+def test_arithmetic_is_that_of_the_model_with_heads_in_128_lanes_and_the_logits_once_more():
     config = config_lib.default(depth=24, resolution=256, text_length=64)  # 384 tokens, 3 x 128
     logits = 2 * 384**2 * 1536 * 24
     model = flops.train_per_sample(config)
-    assert search.array_flops(config, "none", 64) == model + logits
-    # The units of v6e are 256 wide: four times the logits, forward, backward and once more.
-    assert search.array_flops(config, "none", 256) == model + logits + 3 * 3 * logits
+    # 3 products for logits and 4 for values, each twice, of which the model has 3 and 3.
+    assert search.array_flops(config, "none", 64) == model + (2 * 7 - 6) * logits
+    # The units of v6e are 256 wide: four times the logits.
+    assert search.array_flops(config, "none", 256) == model + (4 * 3 + 2 * 4 - 6) * logits
 
 
 def test_a_guess_looks_best_and_fits_with_a_margin():
