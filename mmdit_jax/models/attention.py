@@ -203,6 +203,8 @@ def _softmax_forward(q_BLNK: jax.Array, k_BMNK: jax.Array, v_BMNK: jax.Array):
 
     So the scale is that of the queries, and the division by the sum of the softmax that of the
     output and, in the backward pass, of its gradient: the probabilities themselves are not made.
+    Products are those of contiguous matrices, a head each, whose results lie as they come: on CPU
+    products from and to (B, L, N, K) take half as long again.
     """
     wide = jnp.promote_types(q_BLNK.dtype, jnp.float32)
     q_BLNK = q_BLNK * _scale(q_BLNK)
@@ -210,7 +212,9 @@ def _softmax_forward(q_BLNK: jax.Array, k_BMNK: jax.Array, v_BMNK: jax.Array):
     p_BNLM = jnp.exp(logits_BNLM - jnp.max(logits_BNLM, axis=-1, keepdims=True))
     sum_BLN1 = jnp.sum(p_BNLM, axis=-1).swapaxes(1, 2)[..., None]
     p_BNLM = p_BNLM.astype(v_BMNK.dtype)
-    o_BLNK = jnp.einsum("bnlm,bmnk->blnk", p_BNLM, v_BMNK, preferred_element_type=wide)
+    v_BNMK = v_BMNK.swapaxes(1, 2)
+    o_BNLK = jnp.einsum("bnlm,bnmk->bnlk", p_BNLM, v_BNMK, preferred_element_type=wide)
+    o_BLNK = o_BNLK.swapaxes(1, 2)
     # Named in here: what a remat policy keeps has to be what the gradient takes.
     o_BLNK = checkpoint_name((o_BLNK / sum_BLN1).astype(v_BMNK.dtype), OUTPUT)
     return o_BLNK, (q_BLNK, k_BMNK, v_BMNK, p_BNLM, sum_BLN1, o_BLNK)
@@ -225,9 +229,11 @@ def _softmax_backward(saved: Sequence[jax.Array], do_BLNK: jax.Array):
     do_BLNK = do_BLNK.astype(v_BMNK.dtype)
     dp_BNLM = jnp.einsum("blnk,bmnk->bnlm", do_BLNK, v_BMNK, preferred_element_type=wide)
     ds_BNLM = (p_BNLM * (dp_BNLM - mean_BNL1)).astype(q_BLNK.dtype)
-    dq_BLNK = jnp.einsum("bnlm,bmnk->blnk", ds_BNLM, k_BMNK) * _scale(q_BLNK)
-    dk_BMNK = jnp.einsum("bnlm,blnk->bmnk", ds_BNLM, q_BLNK)
-    return dq_BLNK, dk_BMNK, jnp.einsum("bnlm,blnk->bmnk", p_BNLM, do_BLNK)
+    q_BNLK, k_BNMK, do_BNLK = (x.swapaxes(1, 2) for x in (q_BLNK, k_BMNK, do_BLNK))
+    dq_BNLK = jnp.einsum("bnlm,bnmk->bnlk", ds_BNLM, k_BNMK) * _scale(q_BLNK)
+    dk_BNKM = jnp.einsum("bnlk,bnlm->bnkm", q_BNLK, ds_BNLM)
+    dv_BNKM = jnp.einsum("bnlk,bnlm->bnkm", do_BNLK, p_BNLM)
+    return dq_BNLK.swapaxes(1, 2), dk_BNKM.transpose(0, 3, 1, 2), dv_BNKM.transpose(0, 3, 1, 2)
 
 
 def _scale(q_BLNK: jax.Array) -> float:

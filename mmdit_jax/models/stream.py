@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from mmdit_jax.models.attention import QKV, Projected, joint_attention, max_logit
-from mmdit_jax.models.layers import Linear, Mlp, RMSNorm, layer_norm, modulate
+from mmdit_jax.models.layers import Linear, Mlp, RMSNorm, modulated_norm
 from mmdit_jax.models.modulation import Modulation
 from mmdit_jax.sharding import constrain
 
@@ -60,10 +60,10 @@ class Attention(nn.Module):
         if not self.pre_only:
             self.proj = Linear((width,), ("heads_out", "embed"), **types)
 
-    def project_in(self, x_BLD: jax.Array) -> QKV:
-        """Queries, keys and values, which the attention normalises before it joins the streams."""
+    def project_in(self, x_BLD: jax.Array, shift_BD: jax.Array, scale_BD: jax.Array) -> QKV:
+        """q, k, v of the modulated norm; the attention normalises before it joins the streams."""
         # Named before the norms: their gradients need it so.
-        qkv = checkpoint_name(self.qkv(x_BLD), "qkv")
+        qkv = checkpoint_name(self.qkv(x_BLD, shift_BD, scale_BD, of=modulated_norm), "qkv")
         qkv = constrain(qkv, "batch", "tokens", None, "heads_out")
         q_BLD, k_BLD, v_BLD = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         if not self.qk_norm:
@@ -106,29 +106,26 @@ class Stream(nn.Module):
             self.mlp = Mlp(width, **types)
 
     def before(self, x_BLD: jax.Array, y_BD: jax.Array):
-        """Modulated q, k, v of the attention and what the other two methods need."""
+        """Modulated q, k, v of the attention, and the vectors that the other two methods need."""
         m_BSD = self.adaLN_modulation(y_BD)
-        normed_BLD = layer_norm(x_BLD)
-        qkv = self.attn.project_in(modulate(normed_BLD, m_BSD[:, 0], m_BSD[:, 1]))
-        return qkv, (normed_BLD, m_BSD)
+        return self.attn.project_in(x_BLD, m_BSD[:, 0], m_BSD[:, 1]), m_BSD
 
     def attend(self, qkv: QKV) -> jax.Array:
         """Attention of the stream to itself alone."""
         tokens = None if self.tokens is None else [self.tokens]
         return joint_attention([qkv], tokens, self.attention)[0]
 
-    def add_attention(self, x_BLD: jax.Array, o_BLD: jax.Array, carried) -> jax.Array:
+    def add_attention(self, x_BLD: jax.Array, o_BLD: jax.Array, m_BSD: jax.Array) -> jax.Array:
         """Adds the gated attention, and the gated second attention if there is one."""
-        normed_BLD, m_BSD = carried
+        before_BLD = x_BLD
         x_BLD = x_BLD + m_BSD[:, 2, None] * self.attn.project_out(o_BLD)
         if self.dual:
-            # Reads the same norm as the joint attention, not the sum after it (conventions 1.4).
-            qkv = self.attn2.project_in(modulate(normed_BLD, m_BSD[:, 6], m_BSD[:, 7]))
+            # Reads what the joint attention reads, not the sum after it (conventions 1.4).
+            qkv = self.attn2.project_in(before_BLD, m_BSD[:, 6], m_BSD[:, 7])
             x_BLD = x_BLD + m_BSD[:, 8, None] * self.attn2.project_out(self.attend(qkv))
         return x_BLD
 
-    def add_mlp(self, x_BLD: jax.Array, carried) -> jax.Array:
+    def add_mlp(self, x_BLD: jax.Array, m_BSD: jax.Array) -> jax.Array:
         """Adds the gated MLP."""
-        _, m_BSD = carried
-        h_BLD = modulate(layer_norm(x_BLD), m_BSD[:, 3], m_BSD[:, 4])
-        return x_BLD + m_BSD[:, 5, None] * self.mlp(h_BLD)
+        h_BLD = self.mlp(x_BLD, m_BSD[:, 3], m_BSD[:, 4], of=modulated_norm)
+        return x_BLD + m_BSD[:, 5, None] * h_BLD
