@@ -92,12 +92,10 @@ def flash_attention(
         tuple(queries), tuple(keys), block, key_block, scales is not None, name, interpret
     )
     if scales is None:
-        pair = jnp.ones((1, LANES), q_BLD.dtype), jnp.ones((1, LANES), q_BLD.dtype)
-    else:
-        q_scales, k_scales = (jnp.tile(scale, (1, 2)).astype(q_BLD.dtype) for scale in scales)
-        pair = q_scales, k_scales
+        scales = (jnp.ones((1, HEAD)), jnp.ones((1, HEAD)))
+    q_scale, k_scale = (jnp.tile(scale.astype(jnp.float32), (1, 2)) for scale in scales)
     arrays = (prepared(q_BLD, padded), prepared(k_BMD, padded_keys), prepared(v_BMD, padded_keys))
-    return _flash(setting, *pair, *arrays)[:, :length, :width]
+    return _flash(setting, q_scale, k_scale, *arrays)[:, :length, :width]
 
 
 def blocks(queries: int, keys: int) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -172,13 +170,8 @@ def _backward(setting: _Setting, saved: tuple[jax.Array, ...], do: jax.Array):
     )
     dscale = jnp.sum(dscale, axis=(0, 1))
     streams = len(setting.queries)
-    return (
-        dscale[:streams][: q_scale.shape[0]].astype(q_scale.dtype),
-        dscale[streams : streams + len(setting.keys)][: k_scale.shape[0]].astype(k_scale.dtype),
-        dq,
-        dk,
-        dv,
-    )
+    rows = q_scale.shape[0], k_scale.shape[0]
+    return dscale[: rows[0]], dscale[streams : streams + rows[1]], dq, dk, dv
 
 
 _flash.defvjp(_forward, _backward)
@@ -309,7 +302,7 @@ def _backward_kernel(setting: _Setting, *refs: Any) -> None:
             for stream, inside in enumerate(_streams(streams, dy.shape, row)):
                 total = jnp.sum(jnp.where(inside, per_row, 0.0), axis=0, keepdims=True)
                 dscale[0, 0] += jnp.where(which == first + stream, total, 0.0)
-            dy = dy * _scale_rows(scale, streams, dy.shape, row)
+            dy = dy * _scale_rows(scale, streams, dy.shape, row, dtype)
             dy = root * (dy - hat * (_of_head(dy * hat) / HEAD))
         dx[0] = dy.astype(dx.dtype)
 
@@ -331,14 +324,18 @@ def _normed(
     wide = x.astype(jnp.float32)
     root = jax.lax.rsqrt(_of_head(wide * wide) / HEAD + NORM_EPSILON)
     hat = (wide * root).astype(x.dtype).astype(jnp.float32)
-    return (hat * _scale_rows(scale, streams, x.shape, start)).astype(x.dtype), hat, root
+    rows = _scale_rows(scale, streams, x.shape, start, x.dtype)
+    return (hat * rows).astype(x.dtype), hat, root
 
 
-def _scale_rows(scale: Any, streams: Sequence[int], shape: tuple[int, ...], start: Any) -> Any:
-    """Of each row the scale of its stream, float32."""
+def _scale_rows(
+    scale: Any, streams: Sequence[int], shape: tuple[int, ...], start: Any, dtype: Any
+) -> Any:
+    """Of each row the scale of its stream, rounded to the compute dtype, in float32."""
     rows = jnp.zeros(shape, jnp.float32)
     for stream, inside in enumerate(_streams(streams, shape, start)):
-        rows = jnp.where(inside, scale[stream : stream + 1, :].astype(jnp.float32), rows)
+        own = scale[stream : stream + 1, :].astype(dtype).astype(jnp.float32)
+        rows = jnp.where(inside, own, rows)
     return rows
 
 
