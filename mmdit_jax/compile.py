@@ -22,6 +22,7 @@ from ml_collections import config_flags
 
 from mmdit_jax import command, programs, run, sharding, topologies
 from mmdit_jax.config import Config
+from mmdit_jax.models import attention as attention_lib
 from mmdit_jax.models.backbone import REMAT_POLICIES
 from mmdit_jax.scaling import chips, flops, report, search
 from mmdit_jax.scaling.chips import Topology
@@ -63,7 +64,7 @@ def compile_config(config: Config, topology: Topology, what: str = "train") -> d
     Raises:
         ValueError: a config, mesh or batch that cannot be, or no TPU compiler.
     """
-    config = on_tpu(config)
+    config = on_tpu(config, topology)
     parts = run.build(config)
     mesh = sharding.make_mesh(**config.mesh, devices=topologies.devices(topology))
     start = time.monotonic()
@@ -122,7 +123,7 @@ def save_executable(config: Config, topology: Topology | None, path: str) -> str
     # What comes out of jax's cache of compilations loses functions when it is serialized once more
     # (seen on CPU).
     jax.config.update("jax_enable_compilation_cache", False)
-    parts = run.build(config if topology is None else on_tpu(config))
+    parts = run.build(config if topology is None else on_tpu(config, topology))
     devices = jax.devices() if topology is None else topologies.devices(topology)
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     lowered = list(programs.train_buckets(parts, mesh))
@@ -138,7 +139,7 @@ def search_config(config: Config, topology: Topology, most: int) -> dict[str, An
         `compiled` and `left_out`: the others, with reasons.
     """
     every = search.candidates(
-        on_tpu(config),
+        on_tpu(config, topology),
         topology,
         parameters=state_lib.count_parameters(state_lib.abstract_params(config)),
         policies=tuple(REMAT_POLICIES),
@@ -170,10 +171,11 @@ def search_table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", report.table(result["best"]), "", result["overrides"]])
 
 
-def on_tpu(config: Config) -> Config:
-    """A copy in which what follows the platform is what it will be on a TPU."""
+def on_tpu(config: Config, topology: Topology) -> Config:
+    """A copy in which what follows the platform is what it will be on these TPUs."""
     config = copy.deepcopy(config)
-    for name, value in (("dtype", "bfloat16"), ("attention", "splash")):
+    attention = attention_lib.of_tpu(topologies.devices(topology)[0].device_kind)
+    for name, value in (("dtype", "bfloat16"), ("attention", attention)):
         if config.model.get(name) == "auto":
             config.model[name] = value
     return config

@@ -23,7 +23,7 @@ OPTIMIZERS = ("adamw", "muon")
 DTYPES = ("auto", "float32", "bfloat16")
 REDUCE_DTYPES = ("float32", "bfloat16")
 QUANTIZATIONS = ("none", "int8", "fp8")
-ATTENTIONS = ("auto", "xla", "splash", "cudnn")
+ATTENTIONS = ("auto", "xla", "flash", "splash", "cudnn")
 WEIGHTS = ("ema", "raw")
 TEXT_STORAGES = ("full", "trimmed")
 POSITIONS = ("computed", "computed_float16", "computed_bfloat16", "stored")
@@ -93,7 +93,7 @@ def default(*, depth: int = 24, resolution: int = 256, text_length: int = 77) ->
                 "pos_embed": "computed",
                 "pos_embed_random_crop": False,  # of the grid, in training, per sample (SD3.5-M)
                 "remat": "none",  # full | attention_out | offload | qkv_attention | dots | none
-                "attention": "auto",  # by platform; xla | splash | cudnn
+                "attention": "auto",  # by platform; xla | flash | splash | cudnn
                 "dtype": "auto",  # bfloat16 on accelerators, float32 on CPU
                 # Of the products with weights inside of the blocks; int8 | fp8 need qwix.
                 "quantization": "none",

@@ -68,39 +68,47 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "head": None,
 }
 
+# Inputs of kernels that fsdp splits in place of outputs: rows are gathered to where they belong.
+BY_ROWS = ("mlp", "heads_out")
+
 # A parameter of more elements than this must be split whenever the mesh has an fsdp axis.
 LARGE_PARAMETER = 1 << 20
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pins an activation to the mesh by logical axis names; does nothing where there is no mesh."""
-    return _fitted(x, [RULES[axis] if axis else None for axis in axes])
+    return fitted(x, [RULES[axis] if axis else None for axis in axes])
 
 
-def on_shards(function: Callable[[Any], Any], axes: Sequence[str | None], arrays: Any) -> Any:
+def on_shards(
+    function: Callable[..., Any], axes: Sequence[str | None], arrays: Any, *whole: jax.Array
+) -> Any:
     """Applies a function to what each device of the mesh holds of activations; without one, to all.
 
     For kernels that the partitioner cannot look into, and for collectives written by hand.
 
     Args:
-        function: tree of blocks -> tree of blocks with the same logical axes; may use collectives
-            over the mesh axes.
+        function: (tree of blocks, *whole) -> tree of blocks with the same logical axes; may use
+            collectives over the mesh axes.
         axes: logical names of the axes of every array and of every result. One that does not divide
             all of them is left out: each device works on all of it (a batch of one, to initialise).
         arrays: tree.
+        whole: arrays that each device has all of.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return function(arrays)
+        return function(arrays, *whole)
     sizes = zip(*(array.shape for array in jax.tree.leaves(arrays)), strict=True)
     named = [RULES[axis] if axis else None for axis in axes]
     spec = PartitionSpec(
         *(
-            axis if all(_divides(mesh, axis, size) for size in set(of_axis)) else None
+            axis if all(divides(mesh, axis, size) for size in set(of_axis)) else None
             for axis, of_axis in zip(named, sizes, strict=True)
         )
     )
-    return jax.shard_map(function, in_specs=(spec,), out_specs=spec, check_vma=False)(arrays)
+    in_specs = (spec, *[PartitionSpec()] * len(whole))
+    shards = jax.shard_map(function, in_specs=in_specs, out_specs=spec, check_vma=False)
+    return shards(arrays, *whole)
 
 
 def context_ways() -> int:
@@ -126,6 +134,12 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def device_kind() -> str:
+    """ "TPU v5 lite", "TPU v6 lite", ...: of the mesh that is entered, as `platform`."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.devices()[0].device_kind if device is None else device.device_kind
+
+
 def entered(mesh: Mesh | None) -> contextlib.AbstractContextManager:
     """The context in which `constrain` knows the mesh; of None, nothing."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
@@ -139,29 +153,16 @@ def gather(params: Any) -> Any:
     return jax.tree.map(lambda leaf: constrain(leaf, *[None] * leaf.ndim), params)
 
 
-def gather_kernel(kernel: jax.Array, names: Sequence[str]) -> jax.Array:
-    """A parameter whole along fsdp, as it is used; what tensor splits stays split.
-
-    Left to itself the TPU compiler turns a product with a split kernel into a loop over its parts,
-    19 columns of 2432 on 128 chips. What is gathered is split until here: cast or quantised before.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return kernel
-    kernel = _fitted(kernel, _place(kernel.shape, names, dict(mesh.shape)))
-    return _fitted(kernel, ["tensor" if RULES[n] == "tensor" else None for n in names])
-
-
 def kernel_gradient(
     multiply: Callable[..., jax.Array], x: jax.Array, dy: jax.Array, names: Sequence[str]
 ) -> jax.Array:
-    """The gradient of what `gather_kernel` returned, summed over devices, to where it lies.
+    """The gradient of a gathered kernel, summed over devices, to where it lies.
 
     By hand: the partitioner makes a loop over parts of the kernel of this sum, or sums all of it on
     every device and cuts it then: twice the bytes of a reduce-scatter.
 
     Args:
-        multiply: (x, dy) of some samples, dy with one axis of outputs -> (inputs, outputs).
+        multiply: (x, dy) of some samples, dy with one axis of outputs -> (inputs, outputs or more).
         x, dy: (B, inputs) or (B, L, inputs) that the kernel multiplied; gradient of the result.
         names: logical axes of the kernel.
     """
@@ -169,11 +170,11 @@ def kernel_gradient(
     if mesh.empty:
         return multiply(x, dy.reshape(*x.shape[:-1], -1)).reshape(-1, *dy.shape[x.ndim - 1 :])
     rows = [
-        RULES[name] if _divides(mesh, RULES[name], size) else None
+        RULES[name] if divides(mesh, RULES[name], size) else None
         for name, size in zip(("batch", "tokens")[: x.ndim - 1], x.shape[:-1], strict=True)
     ]
     shape = (x.shape[-1], *dy.shape[x.ndim - 1 :])
-    place = _place(shape, names, dict(mesh.shape))
+    place = place_of(shape, names, dict(mesh.shape))
     pairs = zip(names, place, strict=True)
     columns = tuple("tensor" if RULES[n] == axis == "tensor" else None for n, axis in pairs)
     split = list(columns)
@@ -185,9 +186,13 @@ def kernel_gradient(
 
     def on_one(x: jax.Array, dy: jax.Array) -> jax.Array:
         # Flat: what has more dimensions the TPU compiler sums on every device, and cuts it then.
-        part = multiply(x, dy.reshape(*x.shape[:-1], -1))
+        flat = dy.reshape(*x.shape[:-1], -1)
+        part = multiply(x, flat)
         if scattered == 0:
             part = jax.lax.psum_scatter(part, "fsdp", tiled=True)
+        if part.shape[1] > flat.shape[-1]:
+            # Without the barrier the TPU compiler exchanges both cuts, and then fails.
+            part = jax.lax.optimization_barrier(part)[:, : flat.shape[-1]]
         part = part.reshape(-1, *dy.shape[x.ndim - 1 :])
         if scattered:
             part = jax.lax.psum_scatter(part, "fsdp", scatter_dimension=scattered, tiled=True)
@@ -199,16 +204,16 @@ def kernel_gradient(
         out_specs=PartitionSpec(*split),
         check_vma=False,
     )(x, dy)
-    return _fitted(gradient, place)
+    return fitted(gradient, place)
 
 
-def _fitted(x: jax.Array, spec: Sequence[Any]) -> jax.Array:
+def fitted(x: jax.Array, spec: Sequence[Any]) -> jax.Array:
     """Pinned to the mesh axes of `spec` that divide it; as it is where there is no mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
     pairs = zip(spec, x.shape, strict=True)
-    fitting = [axis if _divides(mesh, axis, size) else None for axis, size in pairs]
+    fitting = [axis if divides(mesh, axis, size) else None for axis, size in pairs]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*fitting))
 
 
@@ -236,7 +241,7 @@ def parameter_shardings(abstract: Any, mesh: Mesh | AbstractMesh) -> Any:
     sizes = dict(mesh.shape)
     paths = jax.tree_util.tree_flatten_with_path(abstract, is_leaf=_is_boxed)[0]
     placed = [(path, leaf.value.shape, leaf.names) for path, leaf in paths]
-    specs = [_place(shape, names, sizes) for _, shape, names in placed]
+    specs = [place_of(shape, names, sizes) for _, shape, names in placed]
     cut = _cut_heads(placed, sizes["tensor"])
     if cut:
         fits = [n for n in divisors(mesh.size) if n > 1 and not _cut_heads(placed, n)]
@@ -249,17 +254,15 @@ def parameter_shardings(abstract: Any, mesh: Mesh | AbstractMesh) -> Any:
         replicas = sizes["data"] * sizes["fsdp"]
         fits = [n for n in divisors(replicas) if not _whole(placed, sizes | {"fsdp": n})]
         fitting = ", ".join(f"fsdp={n} data={replicas // n}" for n in fits if n > 1)
-        remedy = "choose an fsdp size that divides the width (64 x depth), the rest is for data"
-        if fitting:
-            remedy = f"with data x fsdp = {replicas} these fit: {fitting}"
-        raise ValueError(
-            f"fsdp={sizes['fsdp']} divides no dimension of {', '.join(whole)}; {remedy}"
-        )
+        remedy = f"with data x fsdp = {replicas} these fit: {fitting}" if fitting else ""
+        remedy = remedy or "choose an fsdp size that divides the width (64 x depth)"
+        whole = ", ".join(whole)
+        raise ValueError(f"fsdp={sizes['fsdp']} divides no dimension of {whole}; {remedy}")
     shardings = [NamedSharding(mesh, PartitionSpec(*spec)) for spec in specs]
     return jax.tree.unflatten(jax.tree.structure(abstract, is_leaf=_is_boxed), shardings)
 
 
-def _place(shape: Sequence[int], names: Sequence[str], sizes: dict[str, int]) -> list[str | None]:
+def place_of(shape: Sequence[int], names: Sequence[str], sizes: dict[str, int]) -> list[str | None]:
     """The mesh axis of each dimension of a parameter."""
     spec: list[str | None] = [None] * len(shape)
     homeless = []
@@ -279,6 +282,9 @@ def _place(shape: Sequence[int], names: Sequence[str], sizes: dict[str, int]) ->
         ]
         if free and axis not in spec:
             spec[max(free, key=lambda dim: shape[dim])] = axis
+    inputs = len(names) - 2
+    if spec[inputs:] == [None, "fsdp"] and names[inputs] in BY_ROWS:
+        spec[inputs:] = ["fsdp", None] if shape[inputs] % sizes["fsdp"] == 0 else [None, "fsdp"]
     return spec
 
 
@@ -289,7 +295,7 @@ def _whole(placed: Sequence[Any], sizes: dict[str, int]) -> list[str]:
         for path, shape, names in placed
         if sizes["fsdp"] > 1
         and math.prod(shape) > LARGE_PARAMETER
-        and "fsdp" not in _place(shape, names, sizes)
+        and "fsdp" not in place_of(shape, names, sizes)
     ]
 
 
@@ -356,8 +362,7 @@ def on_each_device(
         shape: of the array.
 
     Returns:
-        The array -> (devices,) results in the order of `mesh.devices.flat`, each on its device, of
-        every copy.
+        The array -> (devices,) results of every copy, in the order of `mesh.devices.flat`.
     """
     mesh = placed.mesh
     spec = (*placed.spec, *[None] * (len(shape) - len(placed.spec)))
@@ -383,7 +388,7 @@ def _is_boxed(leaf: Any) -> bool:
     return isinstance(leaf, nn.meta.AxisMetadata)
 
 
-def _divides(mesh: Any, axis: str | tuple[str, ...] | None, size: int) -> bool:
+def divides(mesh: Any, axis: str | tuple[str, ...] | None, size: int) -> bool:
     if axis is None:
         return False
     axes = (axis,) if isinstance(axis, str) else axis

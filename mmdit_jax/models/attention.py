@@ -20,6 +20,11 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 
 from mmdit_jax import sharding
+from mmdit_jax.models import flash
+from mmdit_jax.models.layers import rms_norm
+
+FLASH = "flash"
+SMALL_VMEM = ("TPU v2", "TPU v3", "TPU v4")
 
 # What remat policies call the result; that of splash has the sums of its softmax with it.
 OUTPUT = "attention_out"
@@ -31,12 +36,34 @@ MOST_BLOCK = 1024
 LEAST_BLOCK = 512
 
 
-class QKV(NamedTuple):
-    """Queries, keys and values of a stream, each (B, L, N, K)."""
+class Projected(NamedTuple):
+    """Queries, or keys, as a product leaves them: (B, L, D), heads of 64 side by side.
 
-    q: jax.Array
-    k: jax.Array
+    `scale_K` is that of their QK-norm, which the attention applies; None: no norm.
+    """
+
+    x_BLD: jax.Array
+    scale_K: jax.Array | None = None
+
+    @property
+    def heads_BLNK(self) -> jax.Array:
+        """Normalised, as heads."""
+        x_BLNK = heads(self.x_BLD)
+        return x_BLNK if self.scale_K is None else rms_norm(x_BLNK, self.scale_K)
+
+
+class QKV(NamedTuple):
+    """Queries, keys and values (B, L, D) of a stream."""
+
+    q: Projected
+    k: Projected
     v: jax.Array
+
+
+def heads(x_BLD: jax.Array) -> jax.Array:
+    """(B, L, N, 64) of heads side by side."""
+    x_BLNK = x_BLD.reshape(*x_BLD.shape[:-1], -1, flash.HEAD)
+    return sharding.constrain(x_BLNK, "batch", "tokens", "heads", None)
 
 
 def joint_attention(
@@ -48,49 +75,49 @@ def joint_attention(
         streams: in the order in which their tokens are joined.
         tokens: of each stream that are no padding (`sharding.pad_tokens`), which stands at its end
             and is not attended to; None: all.
-        implementation: a name in `IMPLEMENTATIONS`.
+        implementation: a name in `ATTENTIONS`.
 
     Returns:
-        (B, L, N, K) of each stream; what stands for padding means nothing.
+        (B, L, D) of each stream; what stands for padding means nothing.
     """
     queries, keys, values = (list(xs) for xs in zip(*streams, strict=True))
     return _attention(queries, keys, values, tokens, implementation)
 
 
 def cross_attention(
-    q_BLNK: jax.Array,
-    k_BTNK: jax.Array,
-    v_BTNK: jax.Array,
+    q: Projected,
+    k: Projected,
+    v_BTD: jax.Array,
     tokens: int | None = None,
     implementation: str = "auto",
 ) -> jax.Array:
     """Attention of the tokens of one stream to those of another; arguments of `joint_attention`.
 
     Args:
-        q_BLNK: queries of the one.
-        k_BTNK, v_BTNK: keys and values of the other.
+        q: queries of the one.
+        k, v_BTD: keys and values of the other.
         tokens: of the other that are no padding; None: all.
-        implementation: a name in `IMPLEMENTATIONS`.
+        implementation: a name in `ATTENTIONS`.
     """
     wanted = None if tokens is None else [tokens]
-    return _attention([q_BLNK], [k_BTNK], [v_BTNK], wanted, implementation)[0]
+    return _attention([q], [k], [v_BTD], wanted, implementation)[0]
 
 
 def _attention(
-    queries: list[jax.Array],
-    keys: list[jax.Array],
+    queries: list[Projected],
+    keys: list[Projected],
     values: list[jax.Array],
     tokens: Sequence[int] | None,
     implementation: str,
 ) -> list[jax.Array]:
     """All queries to all keys, of which each array has so many `tokens` that are no padding."""
-    name = chosen(implementation, queries[0].dtype)
-    lengths = [k.shape[1] for k in keys]
+    name = chosen(implementation, values[0].dtype)
+    lengths = [v.shape[1] for v in values]
     wanted = lengths if tokens is None else list(tokens)
     split = sharding.context_ways() > 1
     assert split or wanted == lengths, (wanted, lengths)
 
-    def attend(arrays: tuple[list[jax.Array], ...]) -> list[jax.Array]:
+    def attend(arrays: Sequence[list[jax.Array]], *scales: jax.Array) -> list[jax.Array]:
         queries, keys, values = arrays
         if split:
             # Whole and without the padding, whose place is between the streams now.
@@ -98,27 +125,67 @@ def _attention(
                 [sharding.gather_context(x)[:, :n] for x, n in zip(xs, wanted, strict=True)]
                 for xs in (keys, values)
             )
-        joined = (jnp.concatenate(xs, axis=1) for xs in (queries, keys, values))
-        ends = np.cumsum([q.shape[1] for q in queries])[:-1]
-        return jnp.split(IMPLEMENTATIONS[name](*joined), ends, axis=1)
+        q, k, v = (jnp.concatenate(xs, axis=1) for xs in (queries, keys, values))
+        sizes = [x.shape[1] for x in queries]
+        if name == FLASH:
+            o = flash_attention(q, k, v, sizes, wanted, scales)
+        else:
+            o = IMPLEMENTATIONS[name](q, k, v)
+        return jnp.split(o, np.cumsum(sizes)[:-1], axis=1)
 
-    arrays = (queries, keys, values)
+    if name == FLASH:
+        arrays = ([q.x_BLD for q in queries], [k.x_BLD for k in keys], values)
+        scales = [[x.scale_K for x in xs if x.scale_K is not None] for xs in (queries, keys)]
+        scales = [jnp.stack(xs) for xs in scales if xs]
+        return sharding.on_shards(attend, ("batch", "tokens", "heads"), arrays, *scales)
+    arrays = (
+        [q.heads_BLNK for q in queries],
+        [k.heads_BLNK for k in keys],
+        [heads(v) for v in values],
+    )
     if split or name == "splash":
-        return sharding.on_shards(attend, ("batch", "tokens", "heads", None), arrays)
-    return attend(arrays)
+        outputs = sharding.on_shards(attend, ("batch", "tokens", "heads", None), arrays)
+    else:
+        outputs = attend(arrays)
+    return [o.reshape(*o.shape[:2], -1) for o in outputs]
 
 
 def chosen(implementation: str, dtype: jnp.dtype) -> str:
-    """The name in `IMPLEMENTATIONS` for the platform of the mesh, where "auto" is asked for.
+    """The name in `ATTENTIONS` for the platform of the mesh, where "auto" is asked for.
 
-    splash on TPU, cuDNN's flash attention on GPU in half precision, XLA elsewhere.
+    Our kernel on TPU (splash on v4, whose VMEM is small), cuDNN's flash attention on GPU in half
+    precision, XLA elsewhere.
     """
     if implementation != "auto":
         return implementation
     platform = sharding.platform()
     if platform == "gpu" and jnp.dtype(dtype).itemsize == 2:
         return "cudnn_or_xla"
-    return "splash" if platform == "tpu" else "xla"
+    return of_tpu(sharding.device_kind()) if platform == "tpu" else "xla"
+
+
+def of_tpu(kind: str) -> str:
+    """Our kernel, or splash on TPUs with little VMEM; `kind` is "TPU v5 lite" and the like."""
+    return "splash" if kind in SMALL_VMEM else FLASH
+
+
+def flash_attention(
+    q_BLD: jax.Array,
+    k_BMD: jax.Array,
+    v_BMD: jax.Array,
+    queries: Sequence[int],
+    keys: Sequence[int],
+    scales: Sequence[jax.Array] = (),
+) -> jax.Array:
+    """`flash.flash_attention` for the platform of the mesh: interpreted where that is no TPU."""
+    return flash.flash_attention(
+        *(q_BLD, k_BMD, v_BMD),
+        queries=queries,
+        keys=keys,
+        scales=(scales[0], scales[1]) if scales else None,
+        name=OUTPUT,
+        interpret=sharding.platform() != "tpu",
+    )
 
 
 def xla_attention(q_BLNK: jax.Array, k_BMNK: jax.Array, v_BMNK: jax.Array) -> jax.Array:
@@ -136,6 +203,8 @@ def _softmax_forward(q_BLNK: jax.Array, k_BMNK: jax.Array, v_BMNK: jax.Array):
 
     So the scale is that of the queries, and the division by the sum of the softmax that of the
     output and, in the backward pass, of its gradient: the probabilities themselves are not made.
+    Products are those of contiguous matrices, a head each, whose results lie as they come: on CPU
+    products from and to (B, L, N, K) take half as long again.
     """
     wide = jnp.promote_types(q_BLNK.dtype, jnp.float32)
     q_BLNK = q_BLNK * _scale(q_BLNK)
@@ -143,7 +212,9 @@ def _softmax_forward(q_BLNK: jax.Array, k_BMNK: jax.Array, v_BMNK: jax.Array):
     p_BNLM = jnp.exp(logits_BNLM - jnp.max(logits_BNLM, axis=-1, keepdims=True))
     sum_BLN1 = jnp.sum(p_BNLM, axis=-1).swapaxes(1, 2)[..., None]
     p_BNLM = p_BNLM.astype(v_BMNK.dtype)
-    o_BLNK = jnp.einsum("bnlm,bmnk->blnk", p_BNLM, v_BMNK, preferred_element_type=wide)
+    v_BNMK = v_BMNK.swapaxes(1, 2)
+    o_BNLK = jnp.einsum("bnlm,bnmk->bnlk", p_BNLM, v_BNMK, preferred_element_type=wide)
+    o_BLNK = o_BNLK.swapaxes(1, 2)
     # Named in here: what a remat policy keeps has to be what the gradient takes.
     o_BLNK = checkpoint_name((o_BLNK / sum_BLN1).astype(v_BMNK.dtype), OUTPUT)
     return o_BLNK, (q_BLNK, k_BMNK, v_BMNK, p_BNLM, sum_BLN1, o_BLNK)
@@ -158,9 +229,11 @@ def _softmax_backward(saved: Sequence[jax.Array], do_BLNK: jax.Array):
     do_BLNK = do_BLNK.astype(v_BMNK.dtype)
     dp_BNLM = jnp.einsum("blnk,bmnk->bnlm", do_BLNK, v_BMNK, preferred_element_type=wide)
     ds_BNLM = (p_BNLM * (dp_BNLM - mean_BNL1)).astype(q_BLNK.dtype)
-    dq_BLNK = jnp.einsum("bnlm,bmnk->blnk", ds_BNLM, k_BMNK) * _scale(q_BLNK)
-    dk_BMNK = jnp.einsum("bnlm,blnk->bmnk", ds_BNLM, q_BLNK)
-    return dq_BLNK, dk_BMNK, jnp.einsum("bnlm,blnk->bmnk", p_BNLM, do_BLNK)
+    q_BNLK, k_BNMK, do_BNLK = (x.swapaxes(1, 2) for x in (q_BLNK, k_BMNK, do_BLNK))
+    dq_BNLK = jnp.einsum("bnlm,bnmk->bnlk", ds_BNLM, k_BNMK) * _scale(q_BLNK)
+    dk_BNKM = jnp.einsum("bnlk,bnlm->bnkm", q_BNLK, ds_BNLM)
+    dv_BNKM = jnp.einsum("bnlk,bnlm->bnkm", do_BNLK, p_BNLM)
+    return dq_BNLK.swapaxes(1, 2), dk_BNKM.transpose(0, 3, 1, 2), dv_BNKM.transpose(0, 3, 1, 2)
 
 
 def _scale(q_BLNK: jax.Array) -> float:
@@ -248,6 +321,7 @@ def padding(length: int) -> tuple[int, int]:
         lanes += 1
 
 
+# Of (B, L, N, K); `FLASH` takes heads side by side.
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "xla": xla_attention,
     "splash": splash_attention,

@@ -18,8 +18,7 @@ from mmdit_jax.models.layers import (
     PositionTable,
     VectorEmbedder,
     cropped_position_embedding,
-    layer_norm,
-    modulate,
+    modulated_norm,
     patchify,
     position_embedding,
     timestep_features,
@@ -147,14 +146,13 @@ class Backbone(nn.Module):
             **types,
         )
         m_BSD = Modulation(2, name="final_adaLN_modulation", **types)(y_BD)
-        x_BID = modulate(layer_norm(x_BID), m_BSD[:, 0], m_BSD[:, 1])
         out_BIP = Linear(
             (self.patch**2 * self.channels,),
             ("embed", "features"),
             initializer="zeros",
             name="final_linear",
             **types,
-        )(x_BID)[:, : tokens[-1]]
+        )(x_BID, m_BSD[:, 0], m_BSD[:, 1], of=modulated_norm)[:, : tokens[-1]]
         return unpatchify(out_BIP.astype(jnp.float32), self.patch, height, width)
 
     def split_text(self, context_BTE: jax.Array) -> Sequence[jax.Array]:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from mmdit_jax.models.attention import cross_attention
+from mmdit_jax.models.attention import Projected, cross_attention
 from mmdit_jax.models.backbone import Backbone
 from mmdit_jax.models.layers import Linear, RMSNorm
 from mmdit_jax.models.stream import HEAD_SIZE, TOKENS, Stream, sow_max_logit
@@ -43,20 +43,18 @@ class CrossAttention(nn.Module):
         types["quantization"] = self.quantization
         q = Linear((width,), ("embed", "heads_out"), name="q", **types)(x_BID)
         kv = Linear((2, width), ("embed", "stack", "heads_out"), name="kv", **types)(c_BTD)
-        q, kv = (
-            checkpoint_name(x, "qkv").reshape(*x.shape[:-1], self.heads, HEAD_SIZE) for x in (q, kv)
-        )
-        q_BINK = constrain(q, "batch", "tokens", "heads", None)
-        kv = constrain(kv, "batch", "tokens", None, "heads", None)
-        k_BTNK, v_BTNK = kv[:, :, 0], kv[:, :, 1]
+        q_BID, kv = (checkpoint_name(x, "qkv") for x in (q, kv))
+        q_BID = constrain(q_BID, "batch", "tokens", "heads_out")
+        kv = constrain(kv, "batch", "tokens", None, "heads_out")
+        scales = [None, None]
         if self.qk_norm:
-            q_BINK = RMSNorm(dtype=self.dtype, name="ln_q")(q_BINK)
-            k_BTNK = RMSNorm(dtype=self.dtype, name="ln_k")(k_BTNK)
+            scales = [RMSNorm(HEAD_SIZE, name=name).scale_K for name in ("ln_q", "ln_k")]
+        q, k = Projected(q_BID, scales[0]), Projected(kv[:, :, 0], scales[1])
         image, text = self.tokens or (None, None)
-        sow_max_logit(self, [q_BINK[:, :image]], [k_BTNK[:, :text]])
-        o_BINK = cross_attention(q_BINK, k_BTNK, v_BTNK, text, self.attention)
+        sow_max_logit(self, [q], [k], [image], [text])
+        o_BID = cross_attention(q, k, kv[:, :, 1], text, self.attention)
         return Linear((width,), ("heads_out", "embed"), initializer="zeros", name="proj", **types)(
-            o_BINK.reshape(*o_BINK.shape[:2], -1)
+            o_BID
         )
 
 
@@ -85,7 +83,7 @@ class CrossBlock(Stream):
     ) -> tuple[jax.Array, None]:
         """Image tokens in, image tokens out."""
         qkv, carried = self.before(x_BID, y_BD)
-        sow_max_logit(self, [qkv.q[:, : self.tokens]], [qkv.k[:, : self.tokens]])
+        sow_max_logit(self, [qkv.q], [qkv.k], [self.tokens], [self.tokens])
         x_BID = self.add_attention(x_BID, self.attend(qkv), carried)
         x_BID = x_BID + self.cross(x_BID, c_BTD)
         return constrain(self.add_mlp(x_BID, carried), *TOKENS), None

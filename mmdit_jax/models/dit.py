@@ -21,7 +21,7 @@ class DiTBlock(Stream):
     def __call__(self, x_BLD: jax.Array, y_BD: jax.Array) -> tuple[jax.Array, Any]:
         """Tokens in, tokens out, and nothing beside them."""
         qkv, carried = self.before(x_BLD, y_BD)
-        sow_max_logit(self, [qkv.q[:, : self.tokens]], [qkv.k[:, : self.tokens]])
+        sow_max_logit(self, [qkv.q], [qkv.k], [self.tokens], [self.tokens])
         x_BLD = self.add_mlp(self.add_attention(x_BLD, self.attend(qkv), carried), carried)
         return constrain(x_BLD, *TOKENS), None
 

@@ -6,7 +6,7 @@ they are also the map to published weights.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -35,6 +35,10 @@ INITIALIZERS = {
 }
 
 
+# What is cheap to compute again keeps its argument for the backward pass and nothing in between.
+_again = functools.partial(jax.checkpoint, prevent_cse=False)
+
+
 class Linear(nn.Module):
     """`x @ kernel + bias` with an output of one or several axes and named parameter axes.
 
@@ -58,7 +62,13 @@ class Linear(nn.Module):
     quantization: str = "none"
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, *inputs: jax.Array, of: Callable[..., jax.Array] | None = None) -> jax.Array:
+        """The map of x, the one input, or of what the function `of` makes of all inputs.
+
+        What `of` makes is not kept for the backward pass but made again; the last axis is that of
+        the first input.
+        """
+        x = inputs[0]
         kernel = self.param(
             "kernel",
             nn.with_logical_partitioning(INITIALIZERS[self.initializer], self.axes),
@@ -73,7 +83,13 @@ class Linear(nn.Module):
         )
         reduce_dtype = jnp.dtype(self.reduce_dtype).name
         # A remat policy does not see the product inside of its gradient: it goes by this name.
-        y = product(x.astype(self.dtype), kernel, self.axes, reduce_dtype, self.quantization)
+        settings = (self.axes, reduce_dtype, self.quantization)
+
+        def multiply(kernel: jax.Array, *inputs: jax.Array) -> jax.Array:
+            x = inputs[0] if of is None else of(*inputs)
+            return product(x.astype(self.dtype), kernel, *settings)
+
+        y = (multiply if of is None else _again(multiply))(kernel, *inputs)
         y = checkpoint_name(y, PRODUCT)
         return add_bias(y, bias)
 
@@ -92,29 +108,27 @@ add_bias.defvjp(lambda y, bias: (add_bias(y, bias), bias), _add_bias_backward)
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm over the head size with one learnable scale for all heads (paper 5.3.2)."""
+    """The learnable scale of an RMSNorm over the head size, one for all heads (paper 5.3.2).
 
-    dtype: Any = jnp.float32
+    Where attention is a kernel of ours it normalises there; elsewhere `rms_norm` does.
+    """
 
-    @nn.compact
-    def __call__(self, x_BLNK: jax.Array) -> jax.Array:
-        scale_K = self.param(
-            "scale",
-            nn.with_logical_partitioning(nn.initializers.ones_init(), ("head",)),
-            (x_BLNK.shape[-1],),
-            jnp.float32,
-        )
-        x = x_BLNK.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + NORM_EPSILON)
-        # SD3 rounds to the compute dtype before the scale (conventions 1.4).
-        return x.astype(self.dtype) * jnp.expand_dims(scale_K, (0, 1, 2)).astype(self.dtype)
+    features: int
 
-
-# What is cheap to compute again keeps its argument for the backward pass and nothing in between.
-_again = functools.partial(jax.checkpoint, prevent_cse=False)
+    def setup(self):
+        ones = nn.with_logical_partitioning(nn.initializers.ones_init(), ("head",))
+        self.scale_K = self.param("scale", ones, (self.features,), jnp.float32)
 
 
 @_again
+def rms_norm(x_BLNK: jax.Array, scale_K: jax.Array) -> jax.Array:
+    """RMSNorm over the last axis, its root in float32."""
+    x, dtype = x_BLNK.astype(jnp.float32), x_BLNK.dtype
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + NORM_EPSILON)
+    # SD3 rounds to the compute dtype before the scale (conventions 1.4).
+    return x.astype(dtype) * jnp.expand_dims(scale_K, (0, 1, 2)).astype(dtype)
+
+
 def layer_norm(x: jax.Array) -> jax.Array:
     """LayerNorm without parameters over the last axis, statistics in float32."""
     x32 = x.astype(jnp.float32)
@@ -128,7 +142,11 @@ def modulate(x_BLD: jax.Array, shift_BD: jax.Array, scale_BD: jax.Array) -> jax.
     return x_BLD * (1 + scale_BD[:, None]) + shift_BD[:, None]
 
 
-@_again
+def modulated_norm(x_BLD: jax.Array, shift_BD: jax.Array, scale_BD: jax.Array) -> jax.Array:
+    """`layer_norm`, then `modulate`."""
+    return modulate(layer_norm(x_BLD), shift_BD, scale_BD)
+
+
 def gelu(x: jax.Array) -> jax.Array:
     """GELU in its tanh form."""
     return nn.gelu(x, approximate=True)
@@ -143,12 +161,12 @@ class Mlp(nn.Module):
     quantization: str = "none"
 
     @nn.compact
-    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+    def __call__(self, *inputs: jax.Array, of: Callable[..., jax.Array] | None = None) -> jax.Array:
+        """Arguments as those of `Linear`."""
         types = {"dtype": self.dtype, "reduce_dtype": self.reduce_dtype}
         types["quantization"] = self.quantization
-        h_BLF = Linear((4 * self.width,), ("embed", "mlp"), name="fc1", **types)(x_BLD)
-        h_BLF = gelu(h_BLF)
-        return Linear((self.width,), ("mlp", "embed"), name="fc2", **types)(h_BLF)
+        h_BLF = Linear((4 * self.width,), ("embed", "mlp"), name="fc1", **types)(*inputs, of=of)
+        return Linear((self.width,), ("mlp", "embed"), name="fc2", **types)(h_BLF, of=gelu)
 
 
 class VectorEmbedder(nn.Module):

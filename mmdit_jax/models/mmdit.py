@@ -64,21 +64,17 @@ class JointBlock(nn.Module):
         inside.append(x_block.before(x_BID, y_BD))
         streams = [qkv for qkv, _ in inside]
         tokens = self.tokens or [None] * len(streams)
-        sow_max_logit(
-            self,
-            [qkv.q[:, :n] for qkv, n in zip(streams, tokens, strict=True)],
-            [qkv.k[:, :n] for qkv, n in zip(streams, tokens, strict=True)],
-        )
-        *o_texts, o_BINK = joint_attention(streams, self.tokens, self.attention)
+        sow_max_logit(self, [qkv.q for qkv in streams], [qkv.k for qkv in streams], tokens, tokens)
+        *o_texts, o_BID = joint_attention(streams, self.tokens, self.attention)
 
         *carried_texts, carried_x = (carried for _, carried in inside)
-        x_BID = x_block.add_mlp(x_block.add_attention(x_BID, o_BINK, carried_x), carried_x)
+        x_BID = x_block.add_mlp(x_block.add_attention(x_BID, o_BID, carried_x), carried_x)
         x_BID = constrain(x_BID, *TOKENS)
         if not self.last:
-            for n, (block, o_BTNK, carried) in enumerate(
+            for n, (block, o_BTD, carried) in enumerate(
                 zip(blocks, o_texts, carried_texts, strict=True)
             ):
-                c_BTD = block.add_attention(texts[n], o_BTNK, carried)
+                c_BTD = block.add_attention(texts[n], o_BTD, carried)
                 texts[n] = constrain(block.add_mlp(c_BTD, carried), *TOKENS)
         return (*texts, x_BID), None
 

@@ -6,13 +6,16 @@ that follow from their largest magnitudes: one a token, one a row or a column of
 """
 
 import functools
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from mmdit_jax.sharding import gather_kernel, kernel_gradient
+from mmdit_jax.sharding import RULES, fitted, kernel_gradient, place_of, platform
+
+LANES = 128  # of the vector registers of a TPU
 
 # What both factors are rounded to. Gradients are e4m3 too: with a scale for each token the finer
 # mantissa is worth more than the range of e5m2.
@@ -75,6 +78,10 @@ def _product_backward(
     outputs = tuple(range(x.ndim - 1, dy.ndim))
 
     def multiply(x: jax.Array, dy: jax.Array) -> jax.Array:
+        if platform() == "tpu" and dy.shape[-1] % (2 * LANES) == LANES:
+            # Of columns that are an odd number of lanes, as 2432 and 7296, the compiler for v6e
+            # sums all rows on every device, which moves twice the bytes.
+            dy = jnp.pad(dy, [(0, 0)] * (dy.ndim - 1) + [(0, LANES)])
         # On CPU the first factor is written down transposed: the smaller one.
         swap = x.shape[-1] > dy.shape[-1]
         factors = (dy, x) if swap else (x, dy)
@@ -114,3 +121,16 @@ def _multiply(
         qwix.quantize(kernel, dtype, channelwise_axes=columns),
     )
     return qwix.dot_general(quantized_x, quantized_kernel, dimensions).astype(x.dtype)
+
+
+def gather_kernel(kernel: jax.Array, names: Sequence[str]) -> jax.Array:
+    """A parameter whole along fsdp, as it is used; what tensor splits stays split.
+
+    Left to itself the TPU compiler turns a product with a split kernel into a loop over its parts,
+    19 columns of 2432 on 128 chips. What is gathered is split until here: cast or quantised before.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return kernel
+    kernel = fitted(kernel, place_of(kernel.shape, names, dict(mesh.shape)))
+    return fitted(kernel, ["tensor" if RULES[n] == "tensor" else None for n in names])

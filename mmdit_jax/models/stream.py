@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from mmdit_jax.models.attention import QKV, joint_attention, max_logit
-from mmdit_jax.models.layers import Linear, Mlp, RMSNorm, layer_norm, modulate
+from mmdit_jax.models.attention import QKV, Projected, joint_attention, max_logit
+from mmdit_jax.models.layers import Linear, Mlp, RMSNorm, modulated_norm
 from mmdit_jax.models.modulation import Modulation
 from mmdit_jax.sharding import constrain
 
@@ -19,11 +19,24 @@ TOKENS = ("batch", "tokens", "width")  # logical axes of a stream
 
 
 def sow_max_logit(
-    module: nn.Module, queries: Sequence[jax.Array], keys: Sequence[jax.Array]
+    module: nn.Module,
+    queries: Sequence[Projected],
+    keys: Sequence[Projected],
+    query_tokens: Sequence[int | None],
+    key_tokens: Sequence[int | None],
 ) -> None:
-    """Reports the largest logit of an attention, to whom asks for `intermediates`."""
+    """Reports the largest logit of an attention, to whom asks for `intermediates`.
+
+    Args:
+        module: of the attention.
+        queries, keys: of each stream.
+        query_tokens, key_tokens: of each stream those that are no padding; None: all.
+    """
     if module.is_mutable_collection("intermediates"):
-        q, k = (jnp.concatenate(xs, axis=1) for xs in (queries, keys))
+        q, k = (
+            jnp.concatenate([x.heads_BLNK[:, :n] for x, n in zip(xs, tokens, strict=True)], axis=1)
+            for xs, tokens in ((queries, query_tokens), (keys, key_tokens))
+        )
         module.sow("intermediates", "max_attention_logit", max_logit(q, k))
 
 
@@ -43,24 +56,22 @@ class Attention(nn.Module):
         types["quantization"] = self.quantization
         self.qkv = Linear((3, width), ("embed", "stack", "heads_out"), **types)
         if self.qk_norm:
-            self.ln_q = RMSNorm(dtype=self.dtype)
-            self.ln_k = RMSNorm(dtype=self.dtype)
+            self.ln_q, self.ln_k = RMSNorm(HEAD_SIZE), RMSNorm(HEAD_SIZE)
         if not self.pre_only:
             self.proj = Linear((width,), ("heads_out", "embed"), **types)
 
-    def project_in(self, x_BLD: jax.Array) -> QKV:
-        """q, k, v as (B, L, N, K), q and k normalised before the streams are joined."""
+    def project_in(self, x_BLD: jax.Array, shift_BD: jax.Array, scale_BD: jax.Array) -> QKV:
+        """q, k, v of the modulated norm; the attention normalises before it joins the streams."""
         # Named before the norms: their gradients need it so.
-        qkv = checkpoint_name(self.qkv(x_BLD), "qkv")
-        qkv = qkv.reshape(*qkv.shape[:-1], self.heads, HEAD_SIZE)
-        qkv = constrain(qkv, "batch", "tokens", None, "heads", None)
-        q_BLNK, k_BLNK, v_BLNK = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        if self.qk_norm:
-            q_BLNK, k_BLNK = self.ln_q(q_BLNK), self.ln_k(k_BLNK)
-        return QKV(q_BLNK, k_BLNK, v_BLNK)
+        qkv = checkpoint_name(self.qkv(x_BLD, shift_BD, scale_BD, of=modulated_norm), "qkv")
+        qkv = constrain(qkv, "batch", "tokens", None, "heads_out")
+        q_BLD, k_BLD, v_BLD = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        if not self.qk_norm:
+            return QKV(Projected(q_BLD), Projected(k_BLD), v_BLD)
+        return QKV(Projected(q_BLD, self.ln_q.scale_K), Projected(k_BLD, self.ln_k.scale_K), v_BLD)
 
-    def project_out(self, o_BLNK: jax.Array) -> jax.Array:
-        return self.proj(o_BLNK.reshape(*o_BLNK.shape[:2], -1))
+    def project_out(self, o_BLD: jax.Array) -> jax.Array:
+        return self.proj(o_BLD)
 
 
 class Stream(nn.Module):
@@ -95,29 +106,26 @@ class Stream(nn.Module):
             self.mlp = Mlp(width, **types)
 
     def before(self, x_BLD: jax.Array, y_BD: jax.Array):
-        """Modulated q, k, v of the attention and what the other two methods need."""
+        """Modulated q, k, v of the attention, and the vectors that the other two methods need."""
         m_BSD = self.adaLN_modulation(y_BD)
-        normed_BLD = layer_norm(x_BLD)
-        qkv = self.attn.project_in(modulate(normed_BLD, m_BSD[:, 0], m_BSD[:, 1]))
-        return qkv, (normed_BLD, m_BSD)
+        return self.attn.project_in(x_BLD, m_BSD[:, 0], m_BSD[:, 1]), m_BSD
 
     def attend(self, qkv: QKV) -> jax.Array:
         """Attention of the stream to itself alone."""
         tokens = None if self.tokens is None else [self.tokens]
         return joint_attention([qkv], tokens, self.attention)[0]
 
-    def add_attention(self, x_BLD: jax.Array, o_BLNK: jax.Array, carried) -> jax.Array:
+    def add_attention(self, x_BLD: jax.Array, o_BLD: jax.Array, m_BSD: jax.Array) -> jax.Array:
         """Adds the gated attention, and the gated second attention if there is one."""
-        normed_BLD, m_BSD = carried
-        x_BLD = x_BLD + m_BSD[:, 2, None] * self.attn.project_out(o_BLNK)
+        before_BLD = x_BLD
+        x_BLD = x_BLD + m_BSD[:, 2, None] * self.attn.project_out(o_BLD)
         if self.dual:
-            # Reads the same norm as the joint attention, not the sum after it (conventions 1.4).
-            qkv = self.attn2.project_in(modulate(normed_BLD, m_BSD[:, 6], m_BSD[:, 7]))
+            # Reads what the joint attention reads, not the sum after it (conventions 1.4).
+            qkv = self.attn2.project_in(before_BLD, m_BSD[:, 6], m_BSD[:, 7])
             x_BLD = x_BLD + m_BSD[:, 8, None] * self.attn2.project_out(self.attend(qkv))
         return x_BLD
 
-    def add_mlp(self, x_BLD: jax.Array, carried) -> jax.Array:
+    def add_mlp(self, x_BLD: jax.Array, m_BSD: jax.Array) -> jax.Array:
         """Adds the gated MLP."""
-        _, m_BSD = carried
-        h_BLD = modulate(layer_norm(x_BLD), m_BSD[:, 3], m_BSD[:, 4])
-        return x_BLD + m_BSD[:, 5, None] * self.mlp(h_BLD)
+        h_BLD = self.mlp(x_BLD, m_BSD[:, 3], m_BSD[:, 4], of=modulated_norm)
+        return x_BLD + m_BSD[:, 5, None] * h_BLD

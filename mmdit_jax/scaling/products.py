@@ -8,11 +8,22 @@ import math
 import re
 from typing import Any, NamedTuple
 
+from mmdit_jax.config import HEAD_SIZE
+
 # Matrix products over all (query, key) pairs in Pallas' attention kernels, by a word of their name:
 # those that contract the features of a head (scores, dP), and those that contract tokens. XLA sees
 # a custom call without any cost. Forward: scores; values. dq: scores again, dP; dq. dkv: scores
-# again, dP; dk, dv, and where it is the only kernel backward also dq.
-KERNELS = {"dkv": (2, 2), "dq": (2, 1), "fwd": (1, 1), "flash_attention": (1, 1), "splash": (1, 1)}
+# again, dP; dk, dv, and where it is the only kernel backward also dq. Ours (`OURS`) backward: all.
+KERNELS = {
+    "flash_bwd": (2, 3),
+    "dkv": (2, 2),
+    "dq": (2, 1),
+    "fwd": (1, 1),
+    "flash_attention": (1, 1),
+    "splash": (1, 1),
+}
+# Of models/flash.py: each head of 64 is multiplied in the 128 lanes that it shares with another.
+OURS, OURS_LANES = ("flash_bwd", "flash_fwd"), 128
 
 
 class Product(NamedTuple):
@@ -65,6 +76,9 @@ def _attention(instruction: Any, operands: list[Any]) -> list[Product]:
     if len(arrays) < 2 or counts is None:
         return []
     query, key, dtype = arrays[0].dims, arrays[1].dims, arrays[0].dtype
+    if any(name in instruction.text for name in OURS):  # (B, L, D)
+        heads = query[-1] // HEAD_SIZE
+        query, key = ((x[0], heads, x[1], OURS_LANES) for x in (query, key))
     batch, (logits, values) = math.prod(query[:-2]), counts
     # The only kernel backward gives a part of dq for every block of keys: one axis more.
     if counts == KERNELS["dkv"]:

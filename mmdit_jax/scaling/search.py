@@ -34,17 +34,18 @@ NOT_SEARCHED = {"offload": "how long it takes to move to the host and back is no
 # it runs; bytes of a weight that is gathered and of its gradient: read and written, and in buffers.
 # From steps of depth 38 that were compiled (docs/scale.md).
 TRAFFIC = {
-    "full": 360,
-    "attention_out": 335,
-    "offload": 300,
-    "qkv_attention": 300,
-    "dots": 260,
-    "none": 280,
+    "full": 160,
+    "attention_out": 145,
+    "offload": 135,
+    "qkv_attention": 135,
+    "dots": 110,
+    "none": 120,
 }
 AT_WORK = 40
-WEIGHT_TRAFFIC, WEIGHT_AT_WORK = 24, 20
+WEIGHT_TRAFFIC, WEIGHT_AT_WORK = 16, 20
 # A guess of the memory may be that much too small.
 MARGIN = 1.15
+HEAD_LANES = 128  # in which attention on TPU multiplies a head of 64
 CONTEXTS = (1, 2, 4, 8, 16)
 TENSORS = (1, 2)
 ACCUMULATES = (1, 2, 4, 8, 16)
@@ -211,11 +212,7 @@ def memory(sizes: Sizes, mesh: Mapping[str, int], accumulate: int, policy: str) 
     gradients = sharded * (2 if accumulate > 1 else 1)
     each = sizes.width_bytes(mesh) / accumulate
     widths, output = KEPT[policy]
-    if output and sizes.logits:
-        widths += 1
-    elif output:  # splash pads tokens, and heads of 64 to the 128 lanes
-        own = sizes.tokens / context
-        widths += 2 * 128 * math.ceil(own / 128) / own
+    widths += output
     # The input of a block is whole along tensor, what is inside is not.
     kept = depth * each * (1 + (widths - 1) / tensor)
     block = (each * AT_WORK + WEIGHT_AT_WORK * sizes.moved / depth) / tensor
@@ -242,8 +239,11 @@ def _traffic(sizes: Sizes, mesh: Mapping[str, int], accumulate: int, policy: str
 def _network(sizes: Sizes, topology: Topology, mesh: Mapping[str, int], accumulate: int) -> float:
     """Seconds of a step that it takes to move what has to be moved."""
     ways, slices, tensor = mesh["fsdp"], topology.slices, mesh["tensor"]
-    # Gathered twice in bfloat16, summed once; then all of a device over data, there and back.
-    moved = (4 + sizes.gradient) * sizes.moved / tensor * (1 - 1 / ways) * accumulate
+    # Gathered twice in bfloat16, summed once with the rows of a device padded to tiles of 8; then all
+    # of a device over data, there and back.
+    rows = sizes.width / ways
+    gradient = sizes.gradient * 8 * math.ceil(rows / 8) / rows
+    moved = (4 + gradient) * sizes.moved / tensor * (1 - 1 / ways) * accumulate
     seconds = moved / _bandwidth(topology, ways)
     replicas, own = mesh["data"] // slices, sizes.gradient * sizes.parameters / ways / tensor
     seconds += 2 * own * (1 - 1 / replicas) * accumulate / _bandwidth(topology, replicas)
@@ -270,9 +270,10 @@ def _bandwidth(topology: Topology, members: int) -> float:
 def array_flops(config: Config, policy: str, side: int) -> float:
     """FLOPs of training on one sample as matrix units of a side do them.
 
-    What contracts the width rounds it up, the logits of splash attention round up the 64 features
-    of a head, and all of the attention the tokens to a multiple of 128. Its kernels compute the
-    logits a second time for the backward pass: (logits, values) are 1, 1 forward and 2, 3 backward.
+    What contracts the width rounds it up. The kernels of the attention multiply each head in 128
+    lanes, which its logits round up, and round up the tokens to a multiple of 16 or, where they are
+    several blocks, of 128. They compute the logits a second time for the backward pass: (logits,
+    values) are 1, 1 forward and 2, 3 backward.
     """
 
     def up(size: int, to: int) -> int:
@@ -286,15 +287,23 @@ def array_flops(config: Config, policy: str, side: int) -> float:
     dense = flops.train_per_sample(config) - flops.TRAINING_FACTOR * 2 * depth * pairs
     again = flops.recomputed_per_sample(config, remat=policy)
     again -= (depth - 1) * pairs * (("logits" in recomputed) + kernel_again)
-    product = 2 * depth**2 * up(tokens, 128) ** 2
+    product = 2 * depth**2 * up(tokens, 16 if tokens <= 1024 else 128) ** 2
     logits, values = 3 + kernel_again, 4 + kernel_again
-    attention = product * (logits * up(config_lib.HEAD_SIZE, side) + values * config_lib.HEAD_SIZE)
+    attention = product * (logits * up(HEAD_LANES, side) + values * HEAD_LANES)
     return (dense + again) * up(width, side) / width + attention
 
 
 def order(every: Iterable[Candidate]) -> list[Candidate]:
-    """By guessed time; of about equal ones (5 %) that with less memory first."""
-    return sorted(every, key=lambda each: (round(math.log(each.cost) / 0.05), each.memory))
+    """By guessed time; of about equal ones (5 %) the simplest first, then that with less memory.
+
+    Guesses know nothing of what a tensor or context axis and micro-batches cost besides.
+    """
+
+    def key(each: Candidate) -> tuple[float, ...]:
+        ways = each.mesh["tensor"] * each.mesh["context"]
+        return round(math.log(each.cost) / 0.05), ways, each.accumulate, each.memory
+
+    return sorted(every, key=key)
 
 
 def guess(every: Iterable[Candidate], limit: float) -> Candidate | None:

@@ -175,6 +175,23 @@ def test_attention_kernels_are_counted_by_their_shapes(kernel, results, logits, 
     ]
 
 
+@pytest.mark.parametrize(("kernel", "logits", "values"), [("fwd", 1, 1), ("bwd", 2, 3)])
+def test_kernels_of_heads_side_by_side_are_counted_head_by_head(kernel, logits, values):
+    """(B, L, D) with D = 4 heads of 64, each in 128 lanes; scales come first, keys are others."""
+    line = (
+        "%k = (bf16[2,416,256], f32[2,2,8,416]) custom-call(%a, %b, %q, %k, %v), "
+        f'custom_call_target="tpu_custom_call", metadata={{op_name="jit(f)/flash_{kernel}"}}'
+    )
+    scale, queries, keys = (
+        hlo.Shape("bf16", dims, 0, 0) for dims in ((1, 128), (2, 416, 256), (2, 512, 256))
+    )
+    shapes = [scale, scale, queries, keys, keys]
+    assert products.read(tpu(line), shapes) == [
+        products.Product(2 * 4 * logits, 416, 512, 128, "bf16"),
+        products.Product(2 * 4 * values, 416, 128, 512, "bf16"),
+    ]
+
+
 def test_metadata_of_a_kernel_may_have_newlines():
     """As the TPU compiler prints Pallas kernels, those of every real step among them."""
     module = hlo.parse(

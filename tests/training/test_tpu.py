@@ -28,7 +28,7 @@ def test_a_step_has_the_kernel_of_attention_and_gathers_kernels_whole(depth, nam
     config.model.update(dtype="bfloat16", remat="attention_out")
     compiled = programs.train(run.build(config), made).compile()
     text, memory = compiled.as_text(), compiled.memory_analysis()
-    assert "tpu_custom_call" in text and "splash" in text
+    assert "tpu_custom_call" in text and "flash_fwd" in text and "flash_bwd" in text
     # No product is cut into a loop over the parts of a kernel.
     assert "windowed_dot_general" not in text
     # The state is donated; everything fits.
