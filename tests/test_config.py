@@ -89,7 +89,7 @@ def test_a_grid_that_is_too_small_is_refused_with_the_numbers():
 @pytest.mark.parametrize(
     ("setting", "known"),
     [
-        ("model.attention", "auto, xla, splash, cudnn"),
+        ("model.attention", "auto, xla, flash, splash, cudnn"),
         ("optimizer.reduce_dtype", "float32, bfloat16"),
         ("model.dtype", "auto, float32, bfloat16"),
         ("model.quantization", "none, int8, fp8"),
