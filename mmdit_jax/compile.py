@@ -21,6 +21,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from mmdit_jax import command, programs, run, sharding, topologies
+from mmdit_jax import config as config_lib
 from mmdit_jax.config import Config
 from mmdit_jax.models import attention as attention_lib
 from mmdit_jax.models.backbone import REMAT_POLICIES
@@ -174,7 +175,8 @@ def search_table(result: dict[str, Any]) -> str:
 def on_tpu(config: Config, topology: Topology) -> Config:
     """A copy in which what follows the platform is what it will be on these TPUs."""
     config = copy.deepcopy(config)
-    attention = attention_lib.of_tpu(topologies.devices(topology)[0].device_kind)
+    tokens = config_lib.image_tokens(config) + config_lib.text_tokens(config)
+    attention = attention_lib.of_tpu(topologies.devices(topology)[0].device_kind, tokens)
     for name, value in (("dtype", "bfloat16"), ("attention", attention)):
         if config.model.get(name) == "auto":
             config.model[name] = value

@@ -111,9 +111,9 @@ def _attention(
     implementation: str,
 ) -> list[jax.Array]:
     """All queries to all keys, of which each array has so many `tokens` that are no padding."""
-    name = chosen(implementation, values[0].dtype)
     lengths = [v.shape[1] for v in values]
     wanted = lengths if tokens is None else list(tokens)
+    name = chosen(implementation, values[0].dtype, sum(wanted))
     split = sharding.context_ways() > 1
     assert split or wanted == lengths, (wanted, lengths)
 
@@ -150,23 +150,23 @@ def _attention(
     return [o.reshape(*o.shape[:2], -1) for o in outputs]
 
 
-def chosen(implementation: str, dtype: jnp.dtype) -> str:
+def chosen(implementation: str, dtype: jnp.dtype, keys: int) -> str:
     """The name in `ATTENTIONS` for the platform of the mesh, where "auto" is asked for.
 
-    Our kernel on TPU (splash on v4, whose VMEM is small), cuDNN's flash attention on GPU in half
-    precision, XLA elsewhere.
+    Our kernel on TPU, or splash where VMEM cannot hold so many keys, cuDNN's flash attention on GPU
+    in half precision, XLA elsewhere.
     """
     if implementation != "auto":
         return implementation
     platform = sharding.platform()
     if platform == "gpu" and jnp.dtype(dtype).itemsize == 2:
         return "cudnn_or_xla"
-    return of_tpu(sharding.device_kind()) if platform == "tpu" else "xla"
+    return of_tpu(sharding.device_kind(), keys) if platform == "tpu" else "xla"
 
 
-def of_tpu(kind: str) -> str:
-    """Our kernel, or splash on TPUs with little VMEM; `kind` is "TPU v5 lite" and the like."""
-    return "splash" if kind in SMALL_VMEM else FLASH
+def of_tpu(kind: str, keys: int) -> str:
+    """Our kernel, or splash where VMEM is too small; `kind` is "TPU v5 lite" and the like."""
+    return "splash" if kind in SMALL_VMEM or keys > flash.MOST_KEYS else FLASH
 
 
 def flash_attention(

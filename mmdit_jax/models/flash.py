@@ -30,8 +30,9 @@ ROWS = 16
 # Tokens that are one block, and (queries, keys) of a block where there are more.
 ONE_BLOCK = 1024
 LEAST_QUERIES, MOST_LOGITS = 256, 5 << 17
-# Of the 64 MB and more that chips from v5e on have; the default is 16.
+# Of the 64 MB and more that chips from v5e on have (16 by default); backward, a key takes 6 KB.
 VMEM = 48 << 20
+MOST_KEYS = 6 << 10
 
 _NT = (((1,), (1,)), ((), ()))  # a @ b.T
 _NN = (((1,), (0,)), ((), ()))  # a @ b

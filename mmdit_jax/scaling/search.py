@@ -239,8 +239,8 @@ def _traffic(sizes: Sizes, mesh: Mapping[str, int], accumulate: int, policy: str
 def _network(sizes: Sizes, topology: Topology, mesh: Mapping[str, int], accumulate: int) -> float:
     """Seconds of a step that it takes to move what has to be moved."""
     ways, slices, tensor = mesh["fsdp"], topology.slices, mesh["tensor"]
-    # Gathered twice in bfloat16, summed once with the rows of a device padded to tiles of 8; then all
-    # of a device over data, there and back.
+    # Gathered twice in bfloat16, summed once with the rows of a device padded to tiles of 8; then
+    # all of a device over data, there and back.
     rows = sizes.width / ways
     gradient = sizes.gradient * 8 * math.ceil(rows / 8) / rows
     moved = (4 + gradient) * sizes.moved / tensor * (1 - 1 / ways) * accumulate

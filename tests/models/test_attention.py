@@ -172,14 +172,15 @@ def test_padding_is_to_the_least_length_of_large_blocks(length, padded, block):
 
 
 def test_the_implementation_follows_the_platform_of_the_mesh_and_can_be_forced(monkeypatch):
-    def choice(platform, dtype=jnp.bfloat16, wanted="auto", kind="TPU v6 lite"):
+    def choice(platform, dtype=jnp.bfloat16, wanted="auto", kind="TPU v6 lite", keys=410):
         monkeypatch.setattr(sharding, "platform", lambda: platform)
         monkeypatch.setattr(sharding, "device_kind", lambda: kind)
-        return attention_lib.chosen(wanted, dtype)
+        return attention_lib.chosen(wanted, dtype, keys)
 
     assert choice("cpu") == "xla"
     assert choice("tpu") == "flash"
     assert choice("tpu", kind="TPU v4") == "splash"
+    assert choice("tpu", keys=128 * 128) == "splash"
     assert choice("gpu") == "cudnn_or_xla"
     assert choice("gpu", jnp.float32) == "xla"
     for name in config_lib.ATTENTIONS[1:]:
