@@ -282,9 +282,8 @@ def place_of(shape: Sequence[int], names: Sequence[str], sizes: dict[str, int]) 
         ]
         if free and axis not in spec:
             spec[max(free, key=lambda dim: shape[dim])] = axis
-    inputs = len(names) - 2
-    if spec[inputs:] == [None, "fsdp"] and names[inputs] in BY_ROWS:
-        spec[inputs:] = ["fsdp", None] if shape[inputs] % sizes["fsdp"] == 0 else [None, "fsdp"]
+    if spec[-2:] == [None, "fsdp"] and names[-2] in BY_ROWS and shape[-2] % sizes["fsdp"] == 0:
+        spec[-2:] = ["fsdp", None]
     return spec
 
 
@@ -389,6 +388,7 @@ def _is_boxed(leaf: Any) -> bool:
 
 
 def divides(mesh: Any, axis: str | tuple[str, ...] | None, size: int) -> bool:
+    """Whether a mesh axis, or several together, splits a size evenly; None splits nothing."""
     if axis is None:
         return False
     axes = (axis,) if isinstance(axis, str) else axis

@@ -23,6 +23,7 @@ from mmdit_jax import sharding
 from mmdit_jax.models import flash
 from mmdit_jax.models.layers import rms_norm
 
+# Our kernel, and the TPUs whose VMEM is too small for it.
 FLASH = "flash"
 SMALL_VMEM = ("TPU v2", "TPU v3", "TPU v4")
 
@@ -62,7 +63,7 @@ class QKV(NamedTuple):
 
 def heads(x_BLD: jax.Array) -> jax.Array:
     """(B, L, N, 64) of heads side by side."""
-    x_BLNK = x_BLD.reshape(*x_BLD.shape[:-1], -1, flash.HEAD)
+    x_BLNK = x_BLD.reshape(*x_BLD.shape[:-1], -1, flash.HEAD_SIZE)
     return sharding.constrain(x_BLNK, "batch", "tokens", "heads", None)
 
 
@@ -75,7 +76,7 @@ def joint_attention(
         streams: in the order in which their tokens are joined.
         tokens: of each stream that are no padding (`sharding.pad_tokens`), which stands at its end
             and is not attended to; None: all.
-        implementation: a name in `ATTENTIONS`.
+        implementation: a name in `config.ATTENTIONS`.
 
     Returns:
         (B, L, D) of each stream; what stands for padding means nothing.
@@ -97,7 +98,7 @@ def cross_attention(
         q: queries of the one.
         k, v_BTD: keys and values of the other.
         tokens: of the other that are no padding; None: all.
-        implementation: a name in `ATTENTIONS`.
+        implementation: a name in `config.ATTENTIONS`.
     """
     wanted = None if tokens is None else [tokens]
     return _attention([q], [k], [v_BTD], wanted, implementation)[0]
@@ -128,7 +129,15 @@ def _attention(
         q, k, v = (jnp.concatenate(xs, axis=1) for xs in (queries, keys, values))
         sizes = [x.shape[1] for x in queries]
         if name == FLASH:
-            o = flash_attention(q, k, v, sizes, wanted, scales)
+            interpret = sharding.platform() != "tpu"
+            o = flash.flash_attention(
+                *(q, k, v),
+                queries=sizes,
+                keys=wanted,
+                scales=scales,
+                name=OUTPUT,
+                interpret=interpret,
+            )
         else:
             o = IMPLEMENTATIONS[name](q, k, v)
         return jnp.split(o, np.cumsum(sizes)[:-1], axis=1)
@@ -151,7 +160,7 @@ def _attention(
 
 
 def chosen(implementation: str, dtype: jnp.dtype, keys: int) -> str:
-    """The name in `ATTENTIONS` for the platform of the mesh, where "auto" is asked for.
+    """The name in `config.ATTENTIONS` for the platform of the mesh, where "auto" is asked for.
 
     Our kernel on TPU, or splash where VMEM cannot hold so many keys, cuDNN's flash attention on GPU
     in half precision, XLA elsewhere.
@@ -167,25 +176,6 @@ def chosen(implementation: str, dtype: jnp.dtype, keys: int) -> str:
 def of_tpu(kind: str, keys: int) -> str:
     """Our kernel, or splash where VMEM is too small; `kind` is "TPU v5 lite" and the like."""
     return "splash" if kind in SMALL_VMEM or keys > flash.MOST_KEYS else FLASH
-
-
-def flash_attention(
-    q_BLD: jax.Array,
-    k_BMD: jax.Array,
-    v_BMD: jax.Array,
-    queries: Sequence[int],
-    keys: Sequence[int],
-    scales: Sequence[jax.Array] = (),
-) -> jax.Array:
-    """`flash.flash_attention` for the platform of the mesh: interpreted where that is no TPU."""
-    return flash.flash_attention(
-        *(q_BLD, k_BMD, v_BMD),
-        queries=queries,
-        keys=keys,
-        scales=(scales[0], scales[1]) if scales else None,
-        name=OUTPUT,
-        interpret=sharding.platform() != "tpu",
-    )
 
 
 def xla_attention(q_BLNK: jax.Array, k_BMNK: jax.Array, v_BMNK: jax.Array) -> jax.Array:

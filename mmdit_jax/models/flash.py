@@ -23,7 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from mmdit_jax.models.layers import NORM_EPSILON
 
-HEAD = 64
+HEAD_SIZE = 64
 LANES, SUBLANES = 128, 8
 # Rows of a block of 16-bit numbers are multiples of it.
 ROWS = 16
@@ -65,7 +65,7 @@ def flash_attention(
     *,
     queries: Sequence[int],
     keys: Sequence[int],
-    scales: tuple[jax.Array, jax.Array] | None = None,
+    scales: Sequence[jax.Array] = (),
     name: str = "attention_out",
     interpret: bool = False,
 ) -> jax.Array:
@@ -74,7 +74,7 @@ def flash_attention(
     Args:
         q_BLD, k_BMD, v_BMD: streams joined along the tokens.
         queries, keys: number of tokens of each stream.
-        scales: of QK-norm, for the queries and keys of each stream, both (streams, 64); None is no
+        scales: of QK-norm, for the queries and keys of each stream, both (streams, 64); () is no
             norm. RMSNorm is in float32 and rounds before the scale, as SD3 does.
         name: that a remat policy knows the output by.
         interpret: whether to run as plain JAX, anywhere, slowly.
@@ -90,10 +90,9 @@ def flash_attention(
         return jnp.pad(x, ((0, 0), (0, to - x.shape[1]), (0, features)))
 
     setting = _Setting(
-        tuple(queries), tuple(keys), block, key_block, scales is not None, name, interpret
+        tuple(queries), tuple(keys), block, key_block, len(scales) > 0, name, interpret
     )
-    if scales is None:
-        scales = (jnp.ones((1, HEAD)), jnp.ones((1, HEAD)))
+    scales = scales or [jnp.ones((1, HEAD_SIZE))] * 2
     q_scale, k_scale = (jnp.tile(scale.astype(jnp.float32), (1, 2)) for scale in scales)
     arrays = (prepared(q_BLD, padded), prepared(k_BMD, padded_keys), prepared(v_BMD, padded_keys))
     return _flash(setting, q_scale, k_scale, *arrays)[:, :length, :width]
@@ -228,7 +227,7 @@ def _forward_kernel(setting: _Setting, *refs: Any) -> None:
         keys[...] = _normed(setting, k[0], k_scale, setting.keys, 0)[0]
 
     queries = _normed(setting, q[0], q_scale, setting.queries, start)[0]
-    queries = (queries.astype(jnp.float32) * HEAD**-0.5).astype(dtype)
+    queries = (queries.astype(jnp.float32) * HEAD_SIZE**-0.5).astype(dtype)
     outputs, columns = [], []
     for head in range(2):
         own = _only(head, queries)
@@ -269,7 +268,7 @@ def _backward_kernel(setting: _Setting, *refs: Any) -> None:
             array[...] = jnp.zeros_like(array)
 
     queries, q_hat, q_root = _normed(setting, q[0], q_scale, setting.queries, start)
-    queries = (queries.astype(jnp.float32) * HEAD**-0.5).astype(dtype)
+    queries = (queries.astype(jnp.float32) * HEAD_SIZE**-0.5).astype(dtype)
     heads = []
     for head in range(2):
         mine = _only(head, do[0])
@@ -292,7 +291,7 @@ def _backward_kernel(setting: _Setting, *refs: Any) -> None:
         return dqueries + _either(*found)
 
     dqueries = jnp.zeros((block, LANES), jnp.float32)
-    dqueries = _loop(k.shape[1] // key_block, add, dqueries) * HEAD**-0.5
+    dqueries = _loop(k.shape[1] // key_block, add, dqueries) * HEAD_SIZE**-0.5
 
     def finish(dx: Any, dy: jax.Array, hat: Any, root: Any, scale: Any, place: Any) -> None:
         """Writes the gradient before the norm, and adds to that of the scale of each stream."""
@@ -304,7 +303,7 @@ def _backward_kernel(setting: _Setting, *refs: Any) -> None:
                 total = jnp.sum(jnp.where(inside, per_row, 0.0), axis=0, keepdims=True)
                 dscale[0, 0] += jnp.where(which == first + stream, total, 0.0)
             dy = dy * _scale_rows(scale, streams, dy.shape, row, dtype)
-            dy = root * (dy - hat * (_of_head(dy * hat) / HEAD))
+            dy = root * (dy - hat * (_of_head(dy * hat) / HEAD_SIZE))
         dx[0] = dy.astype(dx.dtype)
 
     finish(dq, dqueries, q_hat, q_root, q_scale, (setting.queries, 0, start))
@@ -323,7 +322,7 @@ def _normed(
     if not setting.norm:
         return x, None, None
     wide = x.astype(jnp.float32)
-    root = jax.lax.rsqrt(_of_head(wide * wide) / HEAD + NORM_EPSILON)
+    root = jax.lax.rsqrt(_of_head(wide * wide) / HEAD_SIZE + NORM_EPSILON)
     hat = (wide * root).astype(x.dtype).astype(jnp.float32)
     rows = _scale_rows(scale, streams, x.shape, start, x.dtype)
     return (hat * rows).astype(x.dtype), hat, root
@@ -363,7 +362,7 @@ def _either(first: jax.Array, second: jax.Array, like: jax.Array | None = None) 
 
 
 def _is_first(x: jax.Array) -> jax.Array:
-    return jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) < HEAD
+    return jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) < HEAD_SIZE
 
 
 def _without_padding(setting: _Setting, logits: jax.Array, number: Any, axis: int) -> jax.Array:

@@ -82,7 +82,6 @@ class Linear(nn.Module):
             jnp.float32,
         )
         reduce_dtype = jnp.dtype(self.reduce_dtype).name
-        # A remat policy does not see the product inside of its gradient: it goes by this name.
         settings = (self.axes, reduce_dtype, self.quantization)
 
         def multiply(kernel: jax.Array, *inputs: jax.Array) -> jax.Array:
@@ -90,6 +89,7 @@ class Linear(nn.Module):
             return product(x.astype(self.dtype), kernel, *settings)
 
         y = (multiply if of is None else _again(multiply))(kernel, *inputs)
+        # A remat policy does not see the product inside of its gradient: it goes by this name.
         y = checkpoint_name(y, PRODUCT)
         return add_bias(y, bias)
 

@@ -9,11 +9,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from mmdit_jax.models.attention import QKV, Projected, joint_attention, max_logit
+from mmdit_jax.models.flash import HEAD_SIZE
 from mmdit_jax.models.layers import Linear, Mlp, RMSNorm, modulated_norm
 from mmdit_jax.models.modulation import Modulation
 from mmdit_jax.sharding import constrain
-
-HEAD_SIZE = 64
 
 TOKENS = ("batch", "tokens", "width")  # logical axes of a stream
 

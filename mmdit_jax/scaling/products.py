@@ -23,7 +23,7 @@ KERNELS = {
     "splash": (1, 1),
 }
 # Of models/flash.py: each head of 64 is multiplied in the 128 lanes that it shares with another.
-OURS, OURS_LANES = ("flash_bwd", "flash_fwd"), 128
+OURS, HEAD_LANES = ("flash_bwd", "flash_fwd"), 128
 
 
 class Product(NamedTuple):
@@ -78,7 +78,7 @@ def _attention(instruction: Any, operands: list[Any]) -> list[Product]:
     query, key, dtype = arrays[0].dims, arrays[1].dims, arrays[0].dtype
     if any(name in instruction.text for name in OURS):  # (B, L, D)
         heads = query[-1] // HEAD_SIZE
-        query, key = ((x[0], heads, x[1], OURS_LANES) for x in (query, key))
+        query, key = ((x[0], heads, x[1], HEAD_LANES) for x in (query, key))
     batch, (logits, values) = math.prod(query[:-2]), counts
     # The only kernel backward gives a part of dq for every block of keys: one axis more.
     if counts == KERNELS["dkv"]:

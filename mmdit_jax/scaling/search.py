@@ -17,6 +17,7 @@ from mmdit_jax.config import Config
 from mmdit_jax.mesh import divisors
 from mmdit_jax.scaling import flops
 from mmdit_jax.scaling.chips import Topology
+from mmdit_jax.scaling.products import HEAD_LANES
 
 # Policy of remat -> what a block keeps of every token for the backward pass, in widths of bfloat16:
 # its input (1), q, k, v (3), what comes out of the other products with weights (6), or everything;
@@ -45,7 +46,6 @@ AT_WORK = 40
 WEIGHT_TRAFFIC, WEIGHT_AT_WORK = 16, 20
 # A guess of the memory may be that much too small.
 MARGIN = 1.15
-HEAD_LANES = 128  # in which attention on TPU multiplies a head of 64
 CONTEXTS = (1, 2, 4, 8, 16)
 TENSORS = (1, 2)
 ACCUMULATES = (1, 2, 4, 8, 16)
