@@ -83,8 +83,8 @@ def decode(data: bytes, target: tuple[int, int] | None = None) -> Decoded:
         with Image.open(io.BytesIO(data), formats=_known_formats()) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Rejected("too_large", f"{image.width}x{image.height} pixels")
-            if image.format in ("JPEG", "MPO") and data.count(SCAN) > MAX_SCANS:
-                raise Rejected("too_large", f"{data.count(SCAN)} scans")
+            if image.format in ("JPEG", "MPO") and (scans := _scans(data)) > MAX_SCANS:
+                raise Rejected("too_large", f"{scans} scans")
             stored = image.size
             scale = _reduce(image, target) if target else 1
             large = image.width * image.height > LARGE
@@ -113,6 +113,12 @@ def _known_formats() -> tuple[str, ...]:
     """Those of `FORMATS` that this Pillow was built with; it refuses other names."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _scans(data: bytes) -> int:
+    """How many scans of a JPEG begin; several times faster than `bytes.count`."""
+    values = np.frombuffer(data, np.uint8)
+    return np.count_nonzero((values[:-1] == SCAN[0]) & (values[1:] == SCAN[1]))
 
 
 def _reduce(image: Image.Image, target: tuple[int, int]) -> int:

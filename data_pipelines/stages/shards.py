@@ -145,7 +145,7 @@ def _write_shard(
     """Writes the records that there are."""
     dropped, enlarged = [], 0
     with contextlib.ExitStack() as stack:
-        writer = stack.enter_context(ShardWriter(output.path, file, bucket=bucket))
+        writer = stack.enter_context(ShardWriter(output.path, file, bucket=bucket, process=True))
         for result in encoded:
             if result.dropped:
                 dropped.append(list(result.dropped))

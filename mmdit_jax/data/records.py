@@ -37,6 +37,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from mmdit_jax.data.manifest import Shard, file_head, file_sha256
+from mmdit_jax.data.record_process import RecordProcess
 
 # What an array may hold. Object and void arrays are absent on purpose: they would need pickle.
 DTYPES = {
@@ -91,7 +92,7 @@ def encode_record(record: Mapping[str, Any]) -> bytes:
             packed[field] = {
                 "dtype": value.dtype.name,
                 "shape": list(value.shape),
-                "data": np.ascontiguousarray(value, dtype).tobytes(),
+                "data": np.ascontiguousarray(value, dtype).data,
             }
         elif isinstance(value, str | int | float):
             packed[field] = value
@@ -218,12 +219,18 @@ class ShardWriter:
     >>> manifest_entry = writer.shard
     """
 
-    def __init__(self, directory: str | os.PathLike, file: str, *, bucket: int = 0):
-        """Args: directory of the data set, name of the shard in it, index of its bucket."""
+    def __init__(
+        self, directory: str | os.PathLike, file: str, *, bucket: int = 0, process: bool = False
+    ):
+        """Args: directory of the data set, name of the shard in it, index of its bucket; whether a
+        process of its own writes it: other threads go on meanwhile, and it outlives a power failure
+        once it is closed (mmdit_jax.data.record_process)."""
         self._path = Path(directory) / file
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._partial = self._path.with_name(self._path.name + ".partial")
-        self._writer = ArrayRecordWriter(str(self._partial), WRITER_OPTIONS)
+        self._writer = (RecordProcess if process else ArrayRecordWriter)(
+            str(self._partial), WRITER_OPTIONS
+        )
         self._file, self._bucket, self._records = file, bucket, 0
         self.shard: Shard | None = None
 
@@ -234,9 +241,8 @@ class ShardWriter:
 
     def close(self) -> Shard:
         """Finishes the file, hashes it, gives it its name; returns its entry in the manifest."""
-        self._writer.close()
-        size, sha256 = self._partial.stat().st_size, file_sha256(self._partial)
-        head = file_head(self._partial)
+        sha256 = self._writer.close() or file_sha256(self._partial)
+        size, head = self._partial.stat().st_size, file_head(self._partial)
         os.replace(self._partial, self._path)
         self.shard = Shard(self._file, self._bucket, self._records, size, sha256, head)
         return self.shard
@@ -245,13 +251,15 @@ class ShardWriter:
         return self
 
     def __exit__(self, kind, value, traceback) -> None:
-        if kind is None:
-            self.close()
-        else:
-            # After a full disk, closing fails as well; the first error is the one to report.
-            with contextlib.suppress(RuntimeError):
-                self._writer.close()
-            self._partial.unlink(missing_ok=True)
+        try:
+            if kind is None:
+                self.close()
+            else:
+                # After a full disk, closing fails as well; the first error is the one to report.
+                with contextlib.suppress(RuntimeError):
+                    self._writer.close()
+        finally:
+            self._partial.unlink(missing_ok=True)  # a finished one has another name
 
 
 class ShardReader:

@@ -4,6 +4,8 @@ import concurrent.futures
 import hashlib
 import itertools
 import pickle
+import subprocess
+import sys
 
 import msgpack
 import numpy as np
@@ -12,6 +14,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from mmdit_jax.data import records
 from mmdit_jax.data.manifest import Shard
+from mmdit_jax.data.record_process import RecordProcess
 from mmdit_jax.data.records import (
     DTYPES,
     ShardReader,
@@ -139,6 +142,71 @@ def test_a_shard_appears_only_when_it_is_complete(tmp_path):
         assert not (tmp_path / "a").exists()
         raise KeyError
     assert list(tmp_path.iterdir()) == []
+
+
+def test_another_process_writes_the_same_bytes(tmp_path):
+    records = [{"x": np.full(size, 7, np.uint8)} for size in (0, 3, 70_000, 40 << 20, 40 << 20, 9)]
+    shards = []
+    for process in (False, True):
+        with ShardWriter(tmp_path / str(process), "a", process=process) as writer:
+            for record in records:
+                writer.write(record)
+        shards.append(writer.shard)
+    assert shards[0] == shards[1]
+    content = [(tmp_path / str(process) / "a").read_bytes() for process in (False, True)]
+    assert content[0] == content[1]
+    assert hashlib.sha256(content[1]).hexdigest() == shards[1].sha256
+
+
+def test_a_shard_of_another_process_appears_only_when_it_is_complete(tmp_path):
+    with pytest.raises(KeyError), ShardWriter(tmp_path, "a", process=True) as writer:
+        writer.write({"x": np.ones(3)})
+        assert [path.name for path in tmp_path.iterdir()] == ["a.partial"]
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+
+
+LIMITED = """
+import resource, signal, sys
+import numpy as np
+from mmdit_jax.data.records import ShardWriter
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+with ShardWriter(sys.argv[1], "a", process=True) as writer:
+    for _ in range(int(sys.argv[2])):
+        writer.write({"x": np.ones(1 << 18, np.uint8)})
+"""
+
+
+@pytest.mark.parametrize("count", [5, 50])
+def test_a_file_that_cannot_grow_fails_with_the_reason_and_leaves_nothing(tmp_path, count):
+    command = [sys.executable, "-c", LIMITED, str(tmp_path), str(count)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "RuntimeError: the process that writes" in done.stderr
+    assert "File too large" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_writing_process_that_dies_is_named(tmp_path):
+    with (
+        pytest.raises(RuntimeError, match=r"writes .*a.partial failed: status -9"),
+        ShardWriter(tmp_path, "a", process=True) as writer,
+    ):
+        writer._writer._process.kill()
+        writer._writer._process.wait()
+        for _ in range(100):
+            writer.write({"x": np.ones(1 << 18, np.uint8)})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_without_its_end_stays_unfinished(tmp_path):
+    writer = RecordProcess(str(tmp_path / "a"), "group_size:1,uncompressed")
+    writer.write(b"1" * 1000)
+    writer._process.stdin.close()  # as when the process that writes the records is killed
+    writer._process.wait()
+    assert ArrayRecordReader(str(tmp_path / "a")).num_records() == 0
 
 
 def test_few_open_shards_serve_many_threads(tmp_path):

@@ -86,7 +86,7 @@ def test_finished_shards_are_not_made_again(settings, images, monkeypatch):
     monkeypatch.setattr(
         shards,
         "ShardWriter",
-        lambda path, file, bucket: made.append(file) or ShardWriter(path, file, bucket=bucket),
+        lambda path, file, **more: made.append(file) or ShardWriter(path, file, **more),
     )
     monkeypatch.setattr(check.Pictures, "checked", None)  # nor are the pictures looked at again
     pipeline.build(ask())
