@@ -207,14 +207,15 @@ def main(argv: list[str]) -> int:
         print(save_executable(config, None, _SAVE.value))
         return command.EXIT_OK
     topology = chips.topology(_TOPOLOGY.value, _SLICES.value)
+    if _SEARCH.value and _WHAT.value != "train":
+        raise ValueError(f"--search is for --what=train, not {_WHAT.value}; leave one out")
+    jax.config.update("jax_enable_compilation_cache", False)  # it cannot read what is for TPUs here
     if _PER_DEVICE_BATCH.value:
         config.batch_size = _PER_DEVICE_BATCH.value * topology.devices
     if _SAVE.value:
         print(save_executable(config, topology, _SAVE.value))
         return command.EXIT_OK
     if _SEARCH.value:
-        if _WHAT.value != "train":
-            raise ValueError(f"--search is for --what=train, not {_WHAT.value}; leave one out")
         result = search_config(config, topology, _MAX_COMPILES.value)
         text = search_table(result)
     else:

@@ -222,8 +222,9 @@ class Backbone(nn.Module):
         """
         if length == 0:
             return carry, None
+        policy = REMAT_POLICIES[self.remat]
         scanned = nn.scan(
-            self._rematted(block, prevent_cse=False),
+            block if policy is None else nn.remat(block, prevent_cse=False, policy=policy),
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             in_axes=(*[nn.broadcast] * len(inputs), *[0] * len(each)),
@@ -232,7 +233,3 @@ class Backbone(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(name=name, **settings)
         return scanned(carry, *inputs, *each)
-
-    def _rematted(self, block: type[nn.Module], *, prevent_cse: bool) -> type[nn.Module]:
-        policy = REMAT_POLICIES[self.remat]
-        return block if policy is None else nn.remat(block, prevent_cse=prevent_cse, policy=policy)

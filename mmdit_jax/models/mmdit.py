@@ -108,8 +108,7 @@ class MMDiT(Backbone):
         carry, _ = self._scan(
             JointBlock, "joint_blocks", self.depth - 1 - duals, carry, y_BD, **settings
         )
-        last = self._rematted(JointBlock, prevent_cse=True)(
-            dual=dual >= self.depth, last=True, name="last_block", **settings
-        )
+        # Not rematted: what it would free, its backward pass, which comes next, needs again.
+        last = JointBlock(dual=dual >= self.depth, last=True, name="last_block", **settings)
         (*_, x_BID), _ = last(carry, y_BD)
         return x_BID
