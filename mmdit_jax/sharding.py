@@ -167,7 +167,7 @@ def kernel_gradient(
         names: logical axes of the kernel.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if mesh.empty or mesh.size == 1:
         return multiply(x, dy.reshape(*x.shape[:-1], -1)).reshape(-1, *dy.shape[x.ndim - 1 :])
     rows = [
         RULES[name] if divides(mesh, RULES[name], size) else None
