@@ -64,6 +64,7 @@ ALLOWED = {
     "mmdit_jax/flow/named.py": {"literal_eval"},  # numbers only
     "mmdit_jax/encoders/text.py": {"from_pretrained"},  # trust_remote_code=False, see below
     "mmdit_jax/weights.py": {"extract"},  # bundle.extract, which is ours
+    "mmdit_jax/data/record_process.py": {"subprocess"},  # itself, with the path of a shard
     "mmdit_jax/data/records.py": {"unpackb"},  # with limits, see test_fuzzing_data
 }
 
