@@ -121,9 +121,6 @@ def save_executable(config: Config, topology: Topology | None, path: str) -> str
             "--save needs --config.data.path: how the latents of the data set are normalised and "
             "its picture sizes are part of the step"
         )
-    # What comes out of jax's cache of compilations loses functions when it is serialized once more
-    # (seen on CPU).
-    jax.config.update("jax_enable_compilation_cache", False)
     parts = run.build(config if topology is None else on_tpu(config, topology))
     devices = jax.devices() if topology is None else topologies.devices(topology)
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
@@ -201,6 +198,9 @@ def main(argv: list[str]) -> int:
     if not _TOPOLOGY.value:
         raise ValueError("--topology is missing; for example --topology=v5p-512 or v5p:8x8x4")
     config = _CONFIG.value
+    # jax's cache of compilations cannot read what is for TPUs here, and what comes out of it loses
+    # functions when it is serialized once more (seen on CPU).
+    jax.config.update("jax_enable_compilation_cache", False)
     if _TOPOLOGY.value == "here":
         if not _SAVE.value:
             raise ValueError("--topology=here is for --save=FILE; name a TPU slice, v5p-512")
@@ -209,7 +209,6 @@ def main(argv: list[str]) -> int:
     topology = chips.topology(_TOPOLOGY.value, _SLICES.value)
     if _SEARCH.value and _WHAT.value != "train":
         raise ValueError(f"--search is for --what=train, not {_WHAT.value}; leave one out")
-    jax.config.update("jax_enable_compilation_cache", False)  # it cannot read what is for TPUs here
     if _PER_DEVICE_BATCH.value:
         config.batch_size = _PER_DEVICE_BATCH.value * topology.devices
     if _SAVE.value:
