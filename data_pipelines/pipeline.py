@@ -136,6 +136,7 @@ def _encode_and_write(
     output.same_as_before("networks", described, remedy)
 
     shards = Shards(settings, output, splits, pictures, networks, inputs.times)
+    shards.compile(job)
     complete(shards, job)
     finished = shards.finished()
     print(f"\n{inputs.times.table()}\n")

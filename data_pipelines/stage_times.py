@@ -6,7 +6,7 @@ Times are printed and kept nowhere: a data set does not depend on how fast it wa
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -38,8 +38,7 @@ class StageTimes:
 
     def _clear(self) -> None:
         self._busy, self._items = dict.fromkeys(STAGES, 0.0), dict.fromkeys(STAGES, 0)
-        self._shapes: set[Hashable] = set()
-        self._compiling, self._device_done = 0.0, 0.0
+        self._device_done = 0.0
         self._start = self._end = time.perf_counter()
 
     def __enter__(self) -> "StageTimes":
@@ -65,14 +64,11 @@ class StageTimes:
             self._items[stage] += items
             self._busy[stage] += seconds
 
-    def dispatched(
-        self, stage: str, items: int, shape: Hashable, dispatch: Callable[[], Dispatched]
-    ) -> Dispatched:
+    def dispatched(self, stage: str, items: int, dispatch: Callable[[], Dispatched]) -> Dispatched:
         """Calls `dispatch` and counts as the stage's what the devices take for its result.
 
         They work in order, so a result took from when it was dispatched, or from when the one
-        before it was ready, until it is ready. The first call of a `shape` compiles, which is
-        counted apart.
+        before it was ready, until it is ready.
         """
         start = time.perf_counter()
         pending = dispatch()
@@ -81,10 +77,6 @@ class StageTimes:
             self._places[stage] = "host"
             self._add(stage, items, now - start)
         elif self._watcher is not None:
-            if (stage, shape) not in self._shapes:
-                self._shapes.add((stage, shape))
-                self._compiling += now - start
-                start = now
             self._watcher.submit(self._wait, stage, items, start, pending.arrays)
         return pending
 
@@ -119,7 +111,7 @@ class StageTimes:
             waiting = self._threads.get(stage, 1) * seconds - self._of(self._place(stage))
             numbers = f"{busy:>10.1f}{max(waiting, 0):>11.1f}{items / max(busy, 1e-9):>14,.0f}"
             lines.append(f"{stage:<17}{items:>10,}{numbers}")
-        lines.append(f"{seconds:.1f} s in all, {self._compiling:.1f} s of them compiling")
+        lines.append(f"{seconds:.1f} s in all")
         if self._of(DEVICES):
             lines[-1] += f"; the devices worked {self.device_share:.0%} of the time"
         return "\n".join(lines)

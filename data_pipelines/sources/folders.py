@@ -149,14 +149,15 @@ def read_file(path: str) -> bytes:
     """The bytes of a regular file of at most `MAX_FILE_BYTES`; raises `Rejected`."""
     try:
         with open(path, "rb", opener=_at_once) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
                 raise Rejected("unreadable", "not a regular file")
-            data = file.read(MAX_FILE_BYTES + 1)
+            if status.st_size > MAX_FILE_BYTES:
+                raise Rejected("too_large", f"more than {MAX_FILE_BYTES} bytes")
+            # Not MAX_FILE_BYTES: memory for as much as is asked for is mapped, and cut again.
+            return file.read(status.st_size)
     except OSError as error:
         raise Rejected("unreadable", str(error.strerror)) from error
-    if len(data) > MAX_FILE_BYTES:
-        raise Rejected("too_large", f"more than {MAX_FILE_BYTES} bytes")
-    return data
 
 
 def _at_once(path: str, flags: int) -> int:

@@ -23,7 +23,7 @@ import fsspec
 
 from data_pipelines.progress import Progress
 from data_pipelines.samples import Caption, Dropped, Options, Rejected, Sample
-from data_pipelines.sources.folders import MAX_FILE_BYTES
+from data_pipelines.sources.folders import MAX_FILE_BYTES, file_size, read_file
 from data_pipelines.write import write_json
 
 THREADS = 16  # files that are listed at once: a remote one waits, a local one computes
@@ -76,6 +76,9 @@ def _version(path: str) -> list[Any]:
 
 def read_whole(path: str) -> bytes:
     """The bytes of a local or remote file of at most `MAX_FILE_BYTES`; raises `Rejected`."""
+    if not is_remote(path):
+        file_size(path)  # says what is missing
+        return read_file(path)
     try:
         with open_file(path) as file:
             data = file.read(MAX_FILE_BYTES + 1)

@@ -87,6 +87,10 @@ class CaptionTable:
         self._outputs: dict[int, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
         self._started: dict[int, Dispatched] = {}
 
+    def compile(self) -> None:
+        """Encodes one block and forgets it, so that the first one asked for need not wait."""
+        text.encode(self._encoders, self._captions[: self._block])
+
     def dispatch(self, captions: Sequence[str], times: StageTimes) -> list[Dispatched]:
         """Starts to encode those of the captions that nobody asked for before; returns them."""
         started = []
@@ -96,7 +100,7 @@ class CaptionTable:
                 dispatch = functools.partial(
                     text.dispatch, self._encoders, block, trimmed=self._trimmed
                 )
-                started.append(times.dispatched(TEXT, len(block), len(block), dispatch))
+                started.append(times.dispatched(TEXT, len(block), dispatch))
                 self._started[number] = started[-1]
         return started
 
@@ -132,7 +136,7 @@ class CaptionTable:
         """The captions of one field: one above the other, or their valid tokens in a row."""
         prefix, _, kind = field.rpartition("/")
         if not self._trimmed or kind not in ("sequence", "scale"):
-            return np.stack(rows)
+            return np.stack(rows) if len(rows) > 1 else rows[0][None]  # which copies nothing
         lengths = found[f"{prefix}/length"]
         return np.concatenate([row[:length] for row, length in zip(rows, lengths, strict=True)])
 

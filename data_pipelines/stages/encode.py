@@ -158,7 +158,6 @@ def _dispatch(
                 latents = times.dispatched(
                     LATENTS,
                     len(usable),
-                    stacked_BHWC.shape[1:],
                     lambda stacked_BHWC=stacked_BHWC: autoencoder.dispatch(stacked_BHWC),
                 )
                 wanted = zip(batch, made, strict=True)

@@ -3,10 +3,15 @@
 import contextlib
 import dataclasses
 import functools
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+import numpy as np
+from absl import logging
+
+from data_pipelines.job import Job
 from data_pipelines.progress import Progress
 from data_pipelines.settings import Settings
 from data_pipelines.stage_times import CLOSE, WRITE, StageTimes
@@ -69,7 +74,7 @@ class Shards:
             settings.text_precision,
         )
         self._batch_size, self._output, self._pictures = settings.batch_size, output, pictures
-        self._networks, self._times = networks, times
+        self._networks, self._times, self._sizes = networks, times, settings.sizes()
         self._parts = [
             (split, f"{split}-{number:05d}{SUFFIX}", part)
             for split, items in (("train", splits.train), ("validation", splits.validation))
@@ -84,6 +89,27 @@ class Shards:
         if note is not None:
             self._finished[number] = note
         return note is not None
+
+    def compile(self, job: Job) -> None:
+        """Compiles the networks for the shards of this process that are missing.
+
+        Before the pictures and not with the first of them: while a network is traced, Python's lock
+        is taken, and no thread gets far with decoding.
+        """
+        missing = [
+            part
+            for number, (_, _, part) in enumerate(self._parts)
+            if job.mine(number) and not self.done(number)
+        ]
+        if not missing:
+            return
+        start = time.perf_counter()
+        self._captions(missing[0]).compile()
+        for bucket in sorted({part[0].bucket for part in missing}):
+            size = self._sizes[bucket]
+            picture_BHWC = np.zeros((1, size.height, size.width, 3), np.uint8)
+            self._networks.autoencoder.dispatch(picture_BHWC).fetch()
+        logging.info("compiled the networks in %.1f s", time.perf_counter() - start)
 
     def make(self, numbers: Sequence[int], progress: Progress) -> None:
         """Writes some shards."""

@@ -22,6 +22,7 @@ another: then sequence is (tokens, width), scale (tokens,), and there is
 """
 
 import contextlib
+import functools
 import math
 import os
 import reprlib
@@ -78,7 +79,7 @@ def encode_record(record: Mapping[str, Any]) -> bytes:
     packed = {}
     for field, value in record.items():
         if isinstance(value, np.ndarray):
-            dtype = DTYPES.get(value.dtype.name)
+            name, dtype = _known(value.dtype)
             if dtype is None:
                 raise ValueError(
                     f"field {field!r} has dtype {value.dtype}, a record holds {', '.join(DTYPES)}: "
@@ -90,7 +91,7 @@ def encode_record(record: Mapping[str, Any]) -> bytes:
                     "finite, training would fail on them: leave the sample out"
                 )
             packed[field] = {
-                "dtype": value.dtype.name,
+                "dtype": name,
                 "shape": list(value.shape),
                 "data": np.ascontiguousarray(value, dtype).data,
             }
@@ -104,6 +105,12 @@ def encode_record(record: Mapping[str, Any]) -> bytes:
                 "int, float and lists of str: convert it before writing"
             )
     return msgpack.packb(packed, use_bin_type=True)
+
+
+@functools.cache
+def _known(dtype: np.dtype) -> tuple[str, np.dtype | None]:
+    """The name of a dtype and what a record holds of it; numpy makes the name anew each time."""
+    return dtype.name, DTYPES.get(dtype.name)
 
 
 def decode_record(data: bytes, where: str = "record") -> dict[str, Any]:

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from data_pipelines import pipeline
 from data_pipelines.build import train_command
 from data_pipelines.stages.latents import KL
+from data_pipelines.stages.shards import Shards
 from mmdit_jax.data.fields import planned_layout
 from mmdit_jax.data.manifest import Manifest, fits
 from mmdit_jax.encoders import vae
@@ -168,3 +169,34 @@ def test_a_resolution_without_whole_latents_is_refused(asked, tmp_path, monkeypa
     with pytest.raises(ValueError, match="--resolution=16 is no multiple of the factor 32"):
         pipeline.build(asked(autoencoder=f"vae:{tmp_path}"))
     assert not os.path.exists(os.path.join(asked().output, "manifest.json"))
+
+
+def test_nothing_is_compiled_while_pictures_are_encoded(asked, images, monkeypatch):
+    for number in range(6):
+        Image.new("RGB", (48, 24), (40 * number, 0, 0)).save(images / f"wide {number}.png")
+        (images / f"wide {number}.txt").write_text(f"a wide one, number {number}")
+    compiled, of_the_build = [], []
+    make = Shards.make
+
+    def counted(self, *arguments):
+        of_the_build.extend(compiled)
+        make(self, *arguments)
+        assert compiled == of_the_build
+
+    def listen(event, seconds, **about):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(about["fun_name"])
+
+    monkeypatch.setattr(Shards, "make", counted)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        settings = asked(buckets="aspect", bucket_step=16, resolution=64, min_size=8)
+        manifest = pipeline.build(settings)
+        again = len(compiled)
+        pipeline.build(settings)  # all is there
+        assert len(compiled) == again
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    buckets = {shard.bucket for shards in manifest.splits.values() for shard in shards}
+    encoders = [name for name in of_the_build if "encode_moments" in name]
+    assert len(encoders) == len(buckets) == 3
