@@ -16,13 +16,14 @@ if [ ! -e "$stamp" ]; then
     touch "$stamp"
 fi
 # XLA on CPU allocates its buffers anew in every step, and a quarter of a step went into clearing new
-# pages: all comes from one heap, which is kept when it is freed (up to 8 GB), in pages of 2 MB.
-# Hosts of accelerators keep malloc's many heaps, for the threads that read their data.
+# pages: heaps are kept when they are freed (up to 8 GB), in pages of 2 MB. Not one heap for all
+# threads: those that decode pictures, and the compiler's, would wait for each other.
+# Hosts of accelerators keep malloc's own ways, for the threads that read their data.
 heap="glibc.malloc.hugetlb=1"
 if ! compgen -G "/dev/accel*" >/dev/null && ! compgen -G "/dev/vfio/[0-9]*" >/dev/null &&
     ! compgen -G "/dev/nvidia[0-9]*" >/dev/null; then
-    heap+=":glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0"
-    heap+=":glibc.malloc.trim_threshold=8000000000:glibc.malloc.top_pad=268435456"
+    heap+=":glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=8000000000"
+    heap+=":glibc.malloc.top_pad=268435456"
 fi
 export GLIBC_TUNABLES="${GLIBC_TUNABLES:-$heap}"
 unset heap

@@ -60,9 +60,9 @@ _PEER_COMPILE = flags.DEFINE_bool(
 )
 ROUNDS = 3  # in which this process and the peer take turns
 
-# As launch/venv.sh has it: one heap, which is kept when it is freed, in pages of 2 MB.
+# As launch/venv.sh has it: heaps that are kept when they are freed, in pages of 2 MB.
 MALLOC = (
-    "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:"
+    "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:"
     "glibc.malloc.trim_threshold=8000000000:glibc.malloc.top_pad=268435456"
 )
 
