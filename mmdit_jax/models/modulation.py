@@ -78,7 +78,8 @@ def _backward(reduce_dtype: str, saved: Any, dm_BSD: jax.Array):
         preferred_element_type=jnp.float32,
     )
     return (
-        constrain(dy_BD, "batch", "width").astype(y_BD.dtype),
+        # Summed first and cut then: else the partitioner makes a loop over the columns of it.
+        constrain(_of_all(dy_BD), "batch", "width").astype(y_BD.dtype),
         constrain(dkernel_DSD, None, None, "vectors").astype(jnp.float32),
         constrain(jnp.sum(dm_BSD, axis=0, dtype=jnp.float32), None, "vectors"),
     )

@@ -1,6 +1,5 @@
 """The training step by the compiler of TPUs: its kernel, its collectives, its memory."""
 
-import math
 import re
 
 import pytest
@@ -30,13 +29,8 @@ def test_a_step_has_the_kernel_of_attention_and_gathers_kernels_whole(depth, nam
     compiled = programs.train(run.build(config), made).compile()
     text, memory = compiled.as_text(), compiled.memory_analysis()
     assert "tpu_custom_call" in text and "flash_fwd" in text and "flash_bwd" in text
-    # No product of tokens is cut into a loop over the parts of a kernel. (The gradient of what the
-    # modulation depends on, one row a sample, may be.)
-    tokens = 8 * config_lib.text_tokens(config) * 64 * depth
-    loops = re.findall(r"^%\S*windowed_dot_general_body\S* \((.*?)\) -> ", text, re.MULTILINE)
-    shapes = [re.findall(r"\w\[([\d,]+)\]", loop) for loop in loops]
-    sizes = [math.prod(map(int, shape.split(","))) for each in shapes for shape in each]
-    assert max(sizes, default=0) < tokens, loops
+    # No product is cut into a loop over the parts of a kernel.
+    assert "windowed_dot_general" not in text
     # The state is donated; everything fits.
     assert memory.alias_size_in_bytes > 0.98 * memory.argument_size_in_bytes
     used = memory.argument_size_in_bytes + memory.temp_size_in_bytes
