@@ -239,10 +239,10 @@ def _traffic(sizes: Sizes, mesh: Mapping[str, int], accumulate: int, policy: str
 def _network(sizes: Sizes, topology: Topology, mesh: Mapping[str, int], accumulate: int) -> float:
     """Seconds of a step that it takes to move what has to be moved."""
     ways, slices, tensor = mesh["fsdp"], topology.slices, mesh["tensor"]
-    # Gathered twice in bfloat16, summed once with the rows of a device padded to tiles of 8; then
-    # all of a device over data, there and back.
+    # Gathered twice in bfloat16, summed once with the rows of a device padded to tiles of 8, and on
+    # all devices where they fill none; then all of a device over data, there and back.
     rows = sizes.width / ways
-    gradient = sizes.gradient * 8 * math.ceil(rows / 8) / rows
+    gradient = sizes.gradient * 8 * math.ceil(rows / 8) / rows * (1 if rows >= 8 else 2)
     moved = (4 + gradient) * sizes.moved / tensor * (1 - 1 / ways) * accumulate
     seconds = moved / _bandwidth(topology, ways)
     replicas, own = mesh["data"] // slices, sizes.gradient * sizes.parameters / ways / tensor
@@ -294,14 +294,16 @@ def array_flops(config: Config, policy: str, side: int) -> float:
 
 
 def order(every: Iterable[Candidate]) -> list[Candidate]:
-    """By guessed time; of about equal ones (5 %) the simplest first, then that with less memory.
+    """By guessed time; of about equal ones (5 %) the simplest first, then that whose other bounds
+    are lower, then that with less memory.
 
     Guesses know nothing of what a tensor or context axis and micro-batches cost besides.
     """
 
     def key(each: Candidate) -> tuple[float, ...]:
         ways = each.mesh["tensor"] * each.mesh["context"]
-        return round(math.log(each.cost) / 0.05), ways, each.accumulate, each.memory
+        together = round(math.log(sum(each.seconds.values())) / 0.01)
+        return round(math.log(each.cost) / 0.05), ways, each.accumulate, together, each.memory
 
     return sorted(every, key=key)
 
