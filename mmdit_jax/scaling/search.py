@@ -62,6 +62,7 @@ class Candidate(NamedTuple):
         memory: bytes of a device, a guess.
         floor: seconds of a step that its arithmetic alone takes at the peak of the chip.
         seconds: compute, memory, network -> of a step, a guess of each by itself.
+        update: seconds that the optimizer takes after that, a guess.
     """
 
     mesh: dict[str, int]
@@ -71,6 +72,7 @@ class Candidate(NamedTuple):
     memory: int
     floor: float
     seconds: dict[str, float]
+    update: float = 0.0
 
     @property
     def bound(self) -> str:
@@ -152,6 +154,7 @@ def candidates(
                     / topology.chip.hbm_bandwidth,
                     "network": _network(sizes, topology, mesh, accumulate),
                 },
+                update=_update(sizes, mesh) / topology.chip.hbm_bandwidth,
             )
 
 
@@ -236,6 +239,11 @@ def _traffic(sizes: Sizes, mesh: Mapping[str, int], accumulate: int, policy: str
     return (tokens + accumulate * WEIGHT_TRAFFIC * sizes.moved) / mesh["tensor"]
 
 
+def _update(sizes: Sizes, mesh: Mapping[str, int]) -> float:
+    """Bytes that the optimizer reads and writes on a device: copies of its part, the gradient."""
+    return 8 * (sizes.copies + 1) * sizes.parameters / (mesh["fsdp"] * mesh["tensor"])
+
+
 def _network(sizes: Sizes, topology: Topology, mesh: Mapping[str, int], accumulate: int) -> float:
     """Seconds of a step that it takes to move what has to be moved."""
     ways, slices, tensor = mesh["fsdp"], topology.slices, mesh["tensor"]
@@ -295,14 +303,14 @@ def array_flops(config: Config, policy: str, side: int) -> float:
 
 def order(every: Iterable[Candidate]) -> list[Candidate]:
     """By guessed time; of about equal ones (5 %) the simplest first, then that whose other bounds
-    are lower, then that with less memory.
+    and update are shorter, then that with less memory.
 
     Guesses know nothing of what a tensor or context axis and micro-batches cost besides.
     """
 
     def key(each: Candidate) -> tuple[float, ...]:
         ways = each.mesh["tensor"] * each.mesh["context"]
-        together = round(math.log(sum(each.seconds.values())) / 0.01)
+        together = round(math.log(sum(each.seconds.values()) + each.update) / 0.01)
         return round(math.log(each.cost) / 0.05), ways, each.accumulate, together, each.memory
 
     return sorted(every, key=key)
