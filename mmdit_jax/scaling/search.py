@@ -72,7 +72,7 @@ class Candidate(NamedTuple):
     memory: int
     floor: float
     seconds: dict[str, float]
-    update: float = 0.0
+    update: float
 
     @property
     def bound(self) -> str:
