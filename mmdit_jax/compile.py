@@ -174,7 +174,8 @@ def on_tpu(config: Config, topology: Topology) -> Config:
     config = copy.deepcopy(config)
     tokens = config_lib.image_tokens(config) + config_lib.text_tokens(config)
     attention = attention_lib.of_tpu(topologies.devices(topology)[0].device_kind, tokens)
-    for name, value in (("dtype", "bfloat16"), ("attention", attention)):
+    chosen = {"dtype": "bfloat16", "attention": attention, "last_block": "scanned"}
+    for name, value in chosen.items():
         if config.model.get(name) == "auto":
             config.model[name] = value
     return config

@@ -1,10 +1,11 @@
 """MM-DiT: text and image tokens with weights of their own, joined in attention (paper, Sec. 4).
 
-All blocks but the last run under one scan; the last block is outside, because its text side ends at
-the attention.
+All blocks but the last run under one scan. The last block, whose text ends at the attention, stands
+outside, or runs with them as if its text went on with weights of zero.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -87,10 +88,14 @@ class MMDiT(Backbone):
             SD3.5-medium).
         clip_tokens: so many of the text tokens, the first, are of CLIP and the others of T5, each
             kind with weights of its own; 0: all share one set, as in SD3.
+        scan_last: the last block runs in the scan of those before it, where there are any of its
+            kind. There is less to compile, and one more MLP of text to compute. The parameters are
+            the same, and so is the result.
     """
 
     dual_attention_layers: int = 0
     clip_tokens: int = 0
+    scan_last: bool = False
 
     def split_text(self, context_BTE: jax.Array) -> Sequence[jax.Array]:
         """All text in one stream, or CLIP and T5."""
@@ -103,12 +108,48 @@ class MMDiT(Backbone):
         """Blocks with a second attention, those without, and the one whose text ends inside."""
         dual = self.dual_attention_layers
         duals = min(dual, self.depth - 1)
+        lengths = {"dual_blocks": duals, "joint_blocks": self.depth - 1 - duals}
+        kind_of_last = "dual_blocks" if dual >= self.depth else "joint_blocks"
         carry = (*texts, x_BID)
-        carry, _ = self._scan(JointBlock, "dual_blocks", duals, carry, y_BD, dual=True, **settings)
-        carry, _ = self._scan(
-            JointBlock, "joint_blocks", self.depth - 1 - duals, carry, y_BD, **settings
-        )
+        if self.scan_last and lengths[kind_of_last] and not self.is_initializing():
+            lengths[kind_of_last] += 1
+            appended = functools.partial(_append_last, kind_of_last)
+            run = nn.map_variables(MMDiT._run_scans, "params", trans_in_fn=appended)
+            return run(self, lengths, carry, y_BD, settings)[-1]
+        carry = self._run_scans(lengths, carry, y_BD, settings)
         # Not rematted: what it would free, its backward pass, which comes next, needs again.
         last = JointBlock(dual=dual >= self.depth, last=True, name="last_block", **settings)
-        (*_, x_BID), _ = last(carry, y_BD)
-        return x_BID
+        return last(carry, y_BD)[0][-1]
+
+    def _run_scans(
+        self,
+        lengths: Mapping[str, int],
+        carry: tuple[jax.Array, ...],
+        y_BD: jax.Array,
+        settings: Mapping[str, Any],
+    ) -> tuple[jax.Array, ...]:
+        """The stacks of blocks: so many with a second attention, so many without."""
+        for name, length in lengths.items():
+            own = {**settings, "dual": name == "dual_blocks"}
+            carry, _ = self._scan(JointBlock, name, length, carry, y_BD, **own)
+        return carry
+
+
+def _append_last(name: str, variables: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters with those of the last block behind the stack `name`; missing ones are zeros.
+
+    Zeros are what its text would go on with: they add nothing to it, and nobody reads it.
+    """
+    params = dict(variables["params"])
+    last = dict(jax.tree.leaves_with_path(params.pop("last_block")))
+
+    def append(path: Any, stack: jax.Array) -> jax.Array:
+        one = stack[:1].shape
+        if path not in last:
+            return jnp.concatenate([stack, jnp.zeros(one, stack.dtype)])
+        own = last[path][None]  # of a modulation 2 vectors of 6
+        missing = [(0, full - size) for full, size in zip(one, own.shape, strict=True)]
+        return jnp.concatenate([stack, jnp.pad(own, missing)])
+
+    params[name] = jax.tree.map_with_path(append, params[name])
+    return {"params": params}

@@ -181,23 +181,44 @@ BLOCKS: dict[str, Callable[[int, int, int, int], list[Parts]]] = {
 }
 
 
+def rematted_blocks(
+    config: Config, size: tuple[int, int] | None = None, platform: str = ""
+) -> list[Parts]:
+    """FLOPs of the parts of each block under the remat policy, on one sample, forward."""
+    blocks, last = _blocks(config, size), config_lib.last_block(config, platform)
+    if last == "scanned":
+        return [*blocks[:-1], blocks[-2]]  # it does what the one before it does
+    return blocks[:-1] if last == "apart" else blocks
+
+
+def _blocks(config: Config, size: tuple[int, int] | None) -> list[Parts]:
+    model = config.model
+    image, text = config_lib.image_tokens(config, size), config_lib.text_tokens(config)
+    return BLOCKS[model.backbone](model.depth, image, text, model.dual_attention_layers)
+
+
 def recomputed_per_sample(
-    config: Config, size: tuple[int, int] | None = None, remat: str = ""
+    config: Config, size: tuple[int, int] | None = None, remat: str = "", platform: str = ""
 ) -> int:
     """FLOPs that a remat policy (empty: the config's) adds to training on one sample.
 
-    What a flash-attention kernel computes again inside itself is not part of it.
+    With them what the text of a last block costs that is scanned with the others. What a
+    flash-attention kernel computes again inside itself is not part of it.
     """
-    model = config.model
-    image, text = config_lib.image_tokens(config, size), config_lib.text_tokens(config)
-    blocks = BLOCKS[model.backbone](model.depth, image, text, model.dual_attention_layers)
-    again = RECOMPUTED[remat or model.remat]
-    return sum(parts.get(part, 0) for parts in blocks for part in again)
+    blocks = rematted_blocks(config, size, platform)
+    again = RECOMPUTED[remat or config.model.remat]
+    recomputed = sum(parts.get(part, 0) for parts in blocks for part in again)
+    if config_lib.last_block(config, platform) == "scanned":
+        last, own = blocks[-1], _blocks(config, size)[-1]
+        recomputed += TRAINING_FACTOR * (sum(last.values()) - sum(own.values()))
+    return recomputed
 
 
-def hardware_per_sample(config: Config, size: tuple[int, int] | None = None) -> int:
-    """FLOPs that training on one sample takes, with what the remat policy computes twice."""
-    return train_per_sample(config, size) + recomputed_per_sample(config, size)
+def hardware_per_sample(
+    config: Config, size: tuple[int, int] | None = None, platform: str = ""
+) -> int:
+    """FLOPs that training on one sample takes, with what `recomputed_per_sample` counts."""
+    return train_per_sample(config, size) + recomputed_per_sample(config, size, platform=platform)
 
 
 def clip_text_forward(

@@ -294,7 +294,8 @@ def array_flops(config: Config, policy: str, side: int) -> float:
     kernel_again = "values" in recomputed
     dense = flops.train_per_sample(config) - flops.TRAINING_FACTOR * 2 * depth * pairs
     again = flops.recomputed_per_sample(config, remat=policy)
-    again -= (depth - 1) * pairs * (("logits" in recomputed) + kernel_again)
+    rematted = len(flops.rematted_blocks(config))
+    again -= rematted * pairs * (("logits" in recomputed) + kernel_again)
     product = 2 * depth**2 * up(tokens, 16 if tokens <= 1024 else 128) ** 2
     logits, values = 3 + kernel_again, 4 + kernel_again
     attention = product * (logits * up(HEAD_LANES, side) + values * HEAD_LANES)

@@ -188,7 +188,9 @@ class _Clock:
             np.float64,
         )
         # What the remat policy computes twice counts in the use of the hardware, not in the MFU.
-        self._hardware = flops.hardware_per_sample(config) / flops.train_per_sample(config)
+        self._hardware = flops.hardware_per_sample(
+            config, platform=jax.default_backend()
+        ) / flops.train_per_sample(config)
         self._devices = jax.device_count()
         self._peak = chips.peak_flops(jax.devices()[0].device_kind)
         self.restart(step)

@@ -15,6 +15,7 @@ import optax
 from absl import logging
 from jax.sharding import Mesh
 
+from mmdit_jax import config as config_lib
 from mmdit_jax import sharding
 from mmdit_jax.config import Config
 from mmdit_jax.data import latents
@@ -128,7 +129,10 @@ def make_train_step(
     def loss_fn(params: Any, text: Any, noised: Noised, scale: jax.Array):
         condition = conditioning.assemble(text, noised.keep)
         z = formulation.noisy(noised.x0, noised.eps, noised.t)
-        output, sown = model.apply(  # pyright: ignore
+        network = model
+        if config_lib.last_block(config, sharding.platform()) == "scanned":
+            network = model.clone(scan_last=True)
+        output, sown = network.apply(  # pyright: ignore
             {"params": params},
             formulation.network_input(z, noised.t),
             noised.t,

@@ -38,6 +38,7 @@ FREE = (
     "faults.max_substituted",
     "model.remat",
     "model.attention",
+    "model.last_block",
 )
 WARNED = ("steps", "model.quantization")
 # May differ between the processes of one job: where each finds the files, and how it reads them.

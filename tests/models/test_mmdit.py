@@ -229,3 +229,50 @@ def test_a_latent_that_is_no_multiple_of_the_patch_is_refused():
     model, params, inputs = tiny()
     with pytest.raises(ValueError, match="multiples of the patch"):
         model.apply({"params": params}, jnp.zeros((2, 7, 8, 4)), *inputs[1:])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"depth": 3},
+        {"depth": 3, "dual_attention_layers": 1},
+        {"depth": 3, "dual_attention_layers": 3},
+        {"depth": 3, "clip_tokens": 4, "remat": "dots"},
+        # None of its kind before it: apart in any case.
+        {"depth": 3, "dual_attention_layers": 2},
+        {"depth": 1},
+    ],
+)
+def test_last_block_in_the_scan_gives_outputs_logits_and_gradients_of_the_one_apart(settings):
+    apart, scanned = MMDiT(**settings), MMDiT(**settings, scan_last=True)
+    keys = iter(jax.random.split(jax.random.key(3), 100))
+    inputs = (
+        jax.random.normal(next(keys), (2, 8, 8, 16)),
+        jnp.array([0.2, 0.7]),
+        jax.random.normal(next(keys), (2, 10, 32)),
+        jax.random.normal(next(keys), (2, 48)),
+    )
+    start = nn.meta.unbox(apart.init(next(keys), *inputs)["params"])
+    # Gates and the final layer start as zeros, which would hide what is behind them.
+    params = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(next(keys), x.shape), start)
+
+    def run(model):
+        def loss(params):
+            output, sown = model.apply({"params": params}, *inputs, mutable=["intermediates"])
+            return jnp.sum(output**2), jnp.concatenate(
+                [jnp.ravel(x) for x in jax.tree.leaves(sown)]
+            )
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+
+    (loss, logits), gradients = run(apart)
+    (scanned_loss, scanned_logits), scanned_gradients = run(scanned)
+    np.testing.assert_allclose(scanned_loss, loss, rtol=1e-6)
+    np.testing.assert_allclose(np.sort(scanned_logits), np.sort(logits), rtol=1e-5)
+    assert jax.tree.structure(scanned_gradients) == jax.tree.structure(gradients)
+    for own, other in zip(
+        jax.tree.leaves(scanned_gradients), jax.tree.leaves(gradients), strict=True
+    ):
+        np.testing.assert_allclose(own, other, rtol=1e-4, atol=1e-5 * float(jnp.abs(other).max()))
+    shapes = jax.eval_shape(scanned.init, next(keys), *inputs)["params"]
+    assert jax.tree.map(jnp.shape, nn.meta.unbox(shapes)) == jax.tree.map(jnp.shape, start)

@@ -193,6 +193,25 @@ def test_hardware_flops_are_model_flops_and_what_is_computed_again():
     assert again < flops.backbone_forward(depth=24, **outside) < 1.05 * again
 
 
+def test_a_scanned_last_block_costs_the_text_that_nobody_reads():
+    config = config_lib.default(depth=24)
+    assert flops.recomputed_per_sample(config) == 0
+    # Four of six vectors a sample, the projection out of the attention and the MLP of 154 tokens.
+    text = 3 * 2 * (4 + 154 * 9) * 1536**2
+    assert flops.recomputed_per_sample(config, platform="tpu") == text
+    config.model.last_block = "scanned"
+    assert flops.recomputed_per_sample(config) == text
+    # It is under the remat policy then; apart it is not.
+    block = flops.block_parts(image_tokens=256, text_tokens=154, width=1536)
+    assert flops.recomputed_per_sample(config, remat="dots") == text + 24 * block["logits"]
+    config.model.last_block = "apart"
+    assert flops.recomputed_per_sample(config, remat="dots") == 23 * block["logits"]
+    assert flops.recomputed_per_sample(config, platform="tpu") == 0
+    # No block before it is of its kind.
+    config.model.update(last_block="scanned", dual_attention_layers=23)
+    assert flops.recomputed_per_sample(config) == 0
+
+
 def test_closed_forms_of_text_encoders_are_within_one_percent_of_xla():
     """Their blocks are scanned, and XLA counts one of them."""
     config = clip.CLIPTextConfig(49408, 1280, 5120, 1, 20, 77, "gelu", 2, projection_dim=1280)

@@ -69,6 +69,17 @@ def test_losses_on_eight_devices_equal_those_on_one(name, backbone):
         np.testing.assert_array_equal(b["bin_count"], a["bin_count"])
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("name", MESHES)
+def test_losses_with_the_last_block_scanned_equal_those_with_it_apart(name):
+    _, one = trained()
+    scanned = (("model.last_block", "scanned"), ("model.remat", "dots"))
+    _, eight = trained(devices=8, mesh=MESHES[name], changes=scanned)
+    for a, b in zip(one, eight, strict=True):
+        np.testing.assert_allclose(b["loss"], a["loss"], rtol=1e-5)
+        np.testing.assert_allclose(b["grad_norm"], a["grad_norm"], rtol=1e-4)
+
+
 def test_accumulated_micro_batches_equal_the_full_batch():
     full_state, full = trained()
     state, rows = trained(changes=(("ema.decay", 0.0), ("optimizer.accumulate", 4)))
