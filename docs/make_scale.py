@@ -74,7 +74,7 @@ def guessed(depth: int, resolution: int, name: str) -> tuple[search.Candidate, f
     """What a search would compile first, and its utilisation; None where nothing seems to fit."""
     config = mmdit.get_config(f"depth={depth},resolution={resolution}")
     config.batch_size = BATCH
-    config.model.attention = "flash"
+    config.model.update(attention="flash", last_block="scanned")
     topology = chips.topology(name)
     every = search.candidates(
         config, topology, parameters=parameters(depth), policies=tuple(REMAT_POLICIES)

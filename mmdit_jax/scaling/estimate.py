@@ -3,8 +3,8 @@
 Assumptions, each tested on a case with a known answer (tests/scaling/):
 
 1. A program is three stages, one after the other: the forward scan over layers, the backward scan,
-   and the rest (embedders, last block, optimizer). A stage takes the largest of its compute, memory
-   and network time: inside a stage all three overlap perfectly.
+   and the rest (embedders, a last block that is apart, optimizer). A stage takes the largest of its
+   compute, memory and network time: inside a stage all three overlap perfectly.
 2. Compute: matrix products at the dense peak of their dtype; the contracted size and the cheaper
    one of the others are rounded up to the side of the matrix units. Everything else (softmax,
    norms, GELU, random numbers, rounding to eight bits) is free.
