@@ -181,20 +181,21 @@ BLOCKS: dict[str, Callable[[int, int, int, int], list[Parts]]] = {
 }
 
 
+def blocks_of(config: Config, size: tuple[int, int] | None = None) -> list[Parts]:
+    """FLOPs of the parts of each block of the config's backbone on one sample, forward."""
+    model = config.model
+    image, text = config_lib.image_tokens(config, size), config_lib.text_tokens(config)
+    return BLOCKS[model.backbone](model.depth, image, text, model.dual_attention_layers)
+
+
 def rematted_blocks(
     config: Config, size: tuple[int, int] | None = None, platform: str = ""
 ) -> list[Parts]:
     """FLOPs of the parts of each block under the remat policy, on one sample, forward."""
-    blocks, last = _blocks(config, size), config_lib.last_block(config, platform)
+    blocks, last = blocks_of(config, size), config_lib.last_block(config, platform)
     if last == "scanned":
         return [*blocks[:-1], blocks[-2]]  # it does what the one before it does
     return blocks[:-1] if last == "apart" else blocks
-
-
-def _blocks(config: Config, size: tuple[int, int] | None) -> list[Parts]:
-    model = config.model
-    image, text = config_lib.image_tokens(config, size), config_lib.text_tokens(config)
-    return BLOCKS[model.backbone](model.depth, image, text, model.dual_attention_layers)
 
 
 def recomputed_per_sample(
@@ -209,7 +210,7 @@ def recomputed_per_sample(
     again = RECOMPUTED[remat or config.model.remat]
     recomputed = sum(parts.get(part, 0) for parts in blocks for part in again)
     if config_lib.last_block(config, platform) == "scanned":
-        last, own = blocks[-1], _blocks(config, size)[-1]
+        last, own = blocks[-1], blocks_of(config, size)[-1]
         recomputed += TRAINING_FACTOR * (sum(last.values()) - sum(own.values()))
     return recomputed
 

@@ -191,10 +191,8 @@ class Sizes(NamedTuple):
 def sizes_of(config: Config, parameters: int) -> Sizes:
     """See `Sizes`."""
     image, text = config_lib.image_tokens(config), config_lib.text_tokens(config)
-    blocks = flops.BLOCKS[config.model.backbone](
-        config.model.depth, image, text, config.model.dual_attention_layers
-    )
-    modulation = sum(parts["modulation"] for parts in blocks) // 2  # one multiply-add a sample
+    # One multiply-add a sample.
+    modulation = sum(parts["modulation"] for parts in flops.blocks_of(config)) // 2
     return Sizes(
         batch_size=config.batch_size,
         tokens=image + text,
