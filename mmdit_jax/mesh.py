@@ -96,11 +96,16 @@ def make_mesh(
     return Mesh(np.concatenate(laid_out), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def slice_of(device: jax.Device) -> int:
+    """The slice that a device says it is on; 0 where it says nothing."""
+    return getattr(device, "slice_index", None) or 0
+
+
 def _slices(devices: Sequence[jax.Device], slices: int) -> list[list[jax.Device]]:
     """Devices of each slice."""
-    told = sorted({getattr(device, "slice_index", None) or 0 for device in devices})
+    told = sorted({slice_of(device) for device in devices})
     if len(told) > 1:
-        groups = [[d for d in devices if d.slice_index == index] for index in told]
+        groups = [[d for d in devices if slice_of(d) == index] for index in told]
         if slices not in (0, len(told)):
             raise ValueError(
                 f"mesh.slices={slices}, but the devices are on {len(told)} slices; use "

@@ -42,11 +42,12 @@ from mmdit_jax.mesh import (
     make_mesh,
     mesh_shape,
     propose,
+    slice_of,
 )
 
 # Meshes are made in mmdit_jax.mesh and used from here: one name for all that is about placement.
 __all__ = ["AXES", "abstract_mesh", "batch_ways", "check_batch", "local_mesh", "make_mesh"]
-__all__ += ["mesh_shape", "propose"]
+__all__ += ["mesh_shape", "propose", "slice_of"]
 
 # logical axis -> mesh axis. The first block names activations, the second parameters.
 RULES: dict[str, str | tuple[str, ...] | None] = {
@@ -256,8 +257,7 @@ def parameter_shardings(abstract: Any, mesh: Mesh | AbstractMesh) -> Any:
         fitting = ", ".join(f"fsdp={n} data={replicas // n}" for n in fits if n > 1)
         remedy = f"with data x fsdp = {replicas} these fit: {fitting}" if fitting else ""
         remedy = remedy or "choose an fsdp size that divides the width (64 x depth)"
-        whole = ", ".join(whole)
-        raise ValueError(f"fsdp={sizes['fsdp']} divides no dimension of {whole}; {remedy}")
+        raise ValueError(f"fsdp={sizes['fsdp']} divides no axis of {', '.join(whole)}; {remedy}")
     shardings = [NamedSharding(mesh, PartitionSpec(*spec)) for spec in specs]
     return jax.tree.unflatten(jax.tree.structure(abstract, is_leaf=_is_boxed), shardings)
 

@@ -28,6 +28,7 @@ _FREE = frozenset(
     "parameter constant get-tuple-element tuple bitcast after-all partition-id replica-id "
     "opt-barrier add-dependency copy-done async-done async-update iota".split()
 )
+_TRANSPOSED = "transpose("  # in the name of what jax made for the backward pass
 _SLICES = ("dynamic-slice", "slice", "gather")
 
 
@@ -190,7 +191,12 @@ def _stage_of(module: Module, loop: Instruction, outer: str) -> str:
         return outer  # gradient accumulation, or the steps of a solver
     if not _has_products(module, loop):
         return outer
-    return "backward scan" if "transpose(" in loop.op_name else "forward scan"
+    # By the names inside: some passes of the compiler take that of the loop away.
+    return _scan(any(_TRANSPOSED in each.op_name for each in body))
+
+
+def _scan(transposed: bool) -> str:
+    return "backward scan" if transposed else "forward scan"
 
 
 def _has_products(module: Module, loop: Instruction) -> bool:
@@ -221,9 +227,10 @@ def _cost(module: Module, each: Instruction, times: int, stage: str) -> Cost:
         if products.is_product(one.opcode, one.text)
         for product in products.read(one, [_shape(module, name) for name in one.operands])
     ]
-    if stage == "rest" and "/while/body" in each.op_name and "jvp(" in each.op_name:
-        # A scan of few layers, which the compiler has unrolled.
-        stage = "backward scan" if "transpose(" in each.op_name else "forward scan"
+    if stage == "rest" and "/while/body" in each.op_name.partition("jvp(")[2]:
+        # A scan of few layers, which the compiler has unrolled. (A loop around the differentiated
+        # function, over micro-batches, is named before it.)
+        stage = _scan(_TRANSPOSED in each.op_name)
     return Cost(
         stage=stage,
         times=times,

@@ -1,5 +1,7 @@
 """What is read from compiled HLO, on programs whose FLOPs, bytes and collectives are known."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,6 +62,30 @@ def test_the_gradient_of_a_scan_is_a_stage_of_its_own():
         "forward scan": 7 * 2 * 16 * 32 * 32,
         "backward scan": 2 * 7 * 2 * 16 * 32 * 32,
     }
+
+
+def test_stages_are_known_where_loops_have_no_name_and_stand_in_a_loop_over_parts():
+    def in_parts(w, xs):
+        def part(total, x):
+            return total + jax.grad(lambda w: jnp.sum(scanned(x @ w[0], w)))(w), None
+
+        return jax.lax.scan(part, jnp.zeros_like(w), xs)[0]
+
+    lowered = jax.jit(in_parts).lower(array(7, 32, 32), array(3, 16, 32))
+    text = lowered.compile().as_text()
+    unnamed = re.sub(r'(?m)^(.* while\(.*)op_name="[^"]*"', r"\1", text)
+    assert unnamed != text
+    for program in (text, unnamed):
+        by_stage = dict.fromkeys(("forward scan", "backward scan", "rest"), 0)
+        for cost in hlo.costs(hlo.parse(program)):
+            by_stage[cost.stage] += flops_of([cost])
+        product = 3 * 2 * 16 * 32 * 32
+        # x @ w[0] and the gradient of its w stand outside of the scan over layers.
+        assert by_stage == {
+            "forward scan": 7 * product,
+            "backward scan": 2 * 7 * product,
+            "rest": 2 * product,
+        }
 
 
 def test_a_slice_of_a_stack_is_read_and_not_the_stack():

@@ -38,3 +38,18 @@ def test_a_step_has_the_kernel_of_attention_and_gathers_kernels_whole(depth, nam
     # Kernels move as they are multiplied, in bfloat16.
     wide = re.findall(r"f32\[[0-9,]*\d{4}[0-9,]*\]\S* all-gather\(", text)
     assert not wide, wide
+
+
+def test_no_iteration_of_a_loop_is_taken_out_of_it_on_two_slices():
+    """The pipeliner would, to sum over slices during the next: twice the code, more memory."""
+    pytest.importorskip("libtpu")
+    topology = chips.topology("v5e:4x4", 2)
+    made = sharding.make_mesh(devices=topologies.devices(topology), data=4, fsdp=8)
+    config = config_lib.default(depth=6)
+    config.batch_size = 8 * topology.devices
+    config.optimizer.accumulate = 4
+    config.model.update(dtype="bfloat16", remat="dots")
+    text = programs.train(run.build(config), made).compile().as_text()
+    # One over micro-batches, and in it two over layers.
+    assert len(re.findall(r" while\(", text)) == 3
+    assert "loop_peel" not in text
