@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from mmdit_jax.config import Config
@@ -108,8 +107,12 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     )
 
 
-def update_ema(ema: Any, params: Any, step: jax.Array, *, decay: float, every: int) -> Any:
+def update_ema(
+    ema: Any, params: Any, step: jax.Array, *, decay: float, every: int, accepted: Any = True
+) -> Any:
     """`ema = decay * ema + (1 - decay) * params` after each `every`-th step (B.3: 0.99, 100).
+
+    In all other steps neither tree is read or written.
 
     Args:
         ema: float32 tree.
@@ -117,6 +120,11 @@ def update_ema(ema: Any, params: Any, step: jax.Array, *, decay: float, every: i
         step: number of finished steps, this one included.
         decay: weight of the past.
         every: steps between updates; 1 is the usual per-step average.
+        accepted: () bool, False where the step was skipped.
     """
-    rate = jnp.where(step % every == 0, 1.0 - decay, 0.0).astype(jnp.float32)
-    return jax.tree.map(lambda e, p: e + rate * (p - e), ema, params)
+
+    def update(ema: Any, params: Any) -> Any:
+        return jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), ema, params)
+
+    due = accepted & (step % every == 0)
+    return jax.lax.cond(due, update, lambda ema, params: ema, ema, params)

@@ -204,18 +204,21 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         step = state.step + 1
+        loss, grad_norm = metrics["loss"], optax.tree.norm(grads)
+        accepted = guard_lib.accepts(state.guard, loss, grad_norm, sigma=config.faults.spike_sigma)
+        params, opt_state = guard_lib.chosen(
+            accepted, (params, opt_state), (state.params, state.opt_state)
+        )
         ema_params = state.ema_params
         if ema_params is not None:
             ema_params = update_ema(
-                ema_params, params, step, decay=config.ema.decay, every=config.ema.every
+                ema_params,
+                params,
+                step,
+                decay=config.ema.decay,
+                every=config.ema.every,
+                accepted=accepted,
             )
-        loss, grad_norm = metrics["loss"], optax.tree.norm(grads)
-        accepted = guard_lib.accepts(state.guard, loss, grad_norm, sigma=config.faults.spike_sigma)
-        params, opt_state, ema_params = guard_lib.chosen(
-            accepted,
-            (params, opt_state, ema_params),
-            (state.params, state.opt_state, state.ema_params),
-        )
         faulty = {
             "nonfinite_samples": jnp.sum(~noised.finite, dtype=jnp.int32),
             "substituted": jnp.sum(jnp.asarray(batch.get("substituted", 0)), dtype=jnp.int32),
@@ -263,6 +266,9 @@ def lower_train_step(
 def _compiler_options(mesh: Mesh) -> dict[str, bool]:
     """Settings of the compiler that the step needs on this mesh."""
     devices = list(mesh.devices.flat)
+    if devices[0].platform == "cpu":
+        # Else parameters and moments are copied before they are updated where they lie.
+        return {"xla_cpu_copy_insertion_use_region_analysis": True}
     if devices[0].platform != "tpu" or len({sharding.slice_of(device) for device in devices}) == 1:
         return {}
     # To sum the gradients of one layer and micro-batch over slices during the next, the pipeliner

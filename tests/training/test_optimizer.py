@@ -123,6 +123,8 @@ def test_ema_moves_every_hundredth_step_by_one_percent():
     np.testing.assert_allclose(ema["w"], 2.0 - 0.99**2, rtol=1e-6)
     every = lib.update_ema({"w": jnp.float32(1.0)}, p, jnp.int32(7), decay=0.9, every=1)
     np.testing.assert_allclose(every["w"], 1.1, rtol=1e-6)
+    skipped = {"decay": 0.9, "every": 1, "accepted": jnp.bool_(False)}
+    assert lib.update_ema({"w": jnp.float32(1.0)}, p, jnp.int32(7), **skipped)["w"] == 1.0
 
 
 @pytest.mark.parametrize("name", config_lib.OPTIMIZERS)
