@@ -255,9 +255,9 @@ def parameter_shardings(abstract: Any, mesh: Mesh | AbstractMesh) -> Any:
         replicas = sizes["data"] * sizes["fsdp"]
         fits = [n for n in divisors(replicas) if not _whole(placed, sizes | {"fsdp": n})]
         fitting = ", ".join(f"fsdp={n} data={replicas // n}" for n in fits if n > 1)
-        remedy = f"with data x fsdp = {replicas} these fit: {fitting}" if fitting else ""
-        remedy = remedy or "choose an fsdp size that divides the width (64 x depth)"
-        raise ValueError(f"fsdp={sizes['fsdp']} divides no axis of {', '.join(whole)}; {remedy}")
+        hint = f"with data x fsdp = {replicas} these fit: {fitting}" if fitting else ""
+        hint = hint or "choose an fsdp size that divides the width (64 x depth)"
+        raise ValueError(f"fsdp={sizes['fsdp']} divides no dimension of {', '.join(whole)}; {hint}")
     shardings = [NamedSharding(mesh, PartitionSpec(*spec)) for spec in specs]
     return jax.tree.unflatten(jax.tree.structure(abstract, is_leaf=_is_boxed), shardings)
 

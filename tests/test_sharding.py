@@ -32,7 +32,7 @@ def test_every_large_parameter_and_its_moments_are_split(depth, fsdp):
 
 
 def test_depth_38_is_refused_where_nothing_divides():
-    with pytest.raises(ValueError, match="fsdp=7 divides no axis.*choose an fsdp size"):
+    with pytest.raises(ValueError, match="fsdp=7 divides no dimension.*choose an fsdp size"):
         plan(38, fsdp=7)
 
 

@@ -266,14 +266,15 @@ def lower_train_step(
 def _compiler_options(mesh: Mesh) -> dict[str, bool]:
     """Settings of the compiler that the step needs on this mesh."""
     devices = list(mesh.devices.flat)
+    slices = {sharding.slice_of(device) for device in devices}
     if devices[0].platform == "cpu":
         # Else parameters and moments are copied before they are updated where they lie.
         return {"xla_cpu_copy_insertion_use_region_analysis": True}
-    if devices[0].platform != "tpu" or len({sharding.slice_of(device) for device in devices}) == 1:
-        return {}
-    # To sum the gradients of one layer and micro-batch over slices during the next, the pipeliner
-    # takes an iteration out of every loop: twice the code, and a third more memory.
-    return {"xla_tpu_enable_collective_pipeliner": False}
+    if devices[0].platform == "tpu" and len(slices) > 1:
+        # To sum the gradients of one layer and micro-batch over slices during the next, the
+        # pipeliner takes an iteration out of every loop: twice the code, and a third more memory.
+        return {"xla_tpu_enable_collective_pipeliner": False}
+    return {}
 
 
 def compiled(lowered: jax.stages.Lowered) -> Callable:
