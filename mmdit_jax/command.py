@@ -68,6 +68,9 @@ def run(
         word = argv[1 + positional]
         _leave(EXIT_USER, f"error: {word!r} is not a flag; flags are written --name=value")
     _keep_compiled_programs()
+    # On CPU, programs run in the thread that calls them. The heap of the first thread keeps what is
+    # freed (GLIBC_TUNABLES, launch/venv.sh); arrays of over 64 MB in any other are new pages.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         code = main([*argv, *others]) or EXIT_OK
     except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
