@@ -24,6 +24,7 @@ from mmdit_jax import config as config_lib
 from mmdit_jax import strict_json
 from mmdit_jax.config import Config
 from mmdit_jax.training import workdir as workdir_lib
+from mmdit_jax.training.step import compiler_options
 
 MAGIC = b"mmdit_jax executable 1\n"
 _MOST_HEADER = 1 << 24  # bytes
@@ -87,7 +88,7 @@ def load(path: str, config: Config, mesh: Mesh) -> Callable[[jax.stages.Lowered]
     """
     header, payloads = _read(path)
     here, different = _here(config, mesh), []
-    for name in ("jax", "jaxlib", "libtpu", "devices", "mesh"):
+    for name in ("jax", "jaxlib", "libtpu", "devices", "mesh", "compiler_options"):
         if header.get(name) != here[name]:
             different.append(f"{name} is {here[name]}, there {header.get(name)}")
     theirs = header.get("config")
@@ -174,6 +175,7 @@ def _here(config: Config, mesh: Mesh) -> dict[str, Any]:
         "libtpu": libtpu if devices[0].platform == "tpu" else "",
         "devices": f"{len(devices)} x {devices[0].device_kind}",
         "mesh": dict(mesh.shape),
+        "compiler_options": compiler_options(mesh),
         "config": json.loads(json.dumps(settings)),
     }
 

@@ -257,13 +257,13 @@ def lower_train_step(
         out_shardings=(plan.shardings, sharding.replicated(mesh)),
         donate_argnums=0,
         keep_unused=True,
-        compiler_options=_compiler_options(mesh),
+        compiler_options=compiler_options(mesh),
     )
     with jax.set_mesh(mesh):
         return jitted.lower(plan.abstract, batch)
 
 
-def _compiler_options(mesh: Mesh) -> dict[str, bool]:
+def compiler_options(mesh: Mesh) -> dict[str, bool]:
     """Settings of the compiler that the step needs on this mesh."""
     devices = list(mesh.devices.flat)
     slices = {sharding.slice_of(device) for device in devices}

@@ -83,6 +83,9 @@ def test_another_jax_config_or_mesh_is_refused_with_both_values(saved, tmp_path)
     older = edited(saved, tmp_path, lambda header: header.update(jax="0.1.2"))
     with pytest.raises(ValueError, match=rf"jax is {jax.__version__}, there 0\.1\.2"):
         executable.load(older, config, mesh)
+    without = edited(saved, tmp_path, lambda header: header.update(compiler_options={}))
+    with pytest.raises(ValueError, match=r"compiler_options is \{'xla_.*\}, there \{\}; make it"):
+        executable.load(without, config, mesh)
     changes = {"mesh.fsdp": 2, "model.depth": 1, "seed": config.seed, "log.every": 7}
     other = tiny_config(**changes, **{"optimizer.learning_rate": 2e-3})
     with pytest.raises(ValueError, match=r"learning_rate is 0\.002, there 0\.001; make it again"):
