@@ -332,6 +332,7 @@ def main(argv: list[str]) -> int:
     config = _CONFIG.value
     cold = {"import": process_age()}
     jax.config.update("jax_enable_compilation_cache", False)
+    command.run_programs_in_this_thread()
     if _PEER.value:  # both live on one GPU
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     with _stopwatch(cold, "devices"):

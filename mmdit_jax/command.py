@@ -68,9 +68,6 @@ def run(
         word = argv[1 + positional]
         _leave(EXIT_USER, f"error: {word!r} is not a flag; flags are written --name=value")
     _keep_compiled_programs()
-    # On CPU, programs run in the thread that calls them. The heap of the first thread keeps what is
-    # freed (GLIBC_TUNABLES, launch/venv.sh); arrays of over 64 MB in any other are new pages.
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         code = main([*argv, *others]) or EXIT_OK
     except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
@@ -127,6 +124,16 @@ def _keep_compiled_programs() -> None:
     elif chosen or not jax.config.jax_compilation_cache_dir:
         folder = os.path.abspath(chosen or os.path.expanduser("~/.cache/mmdit_jax/compiled"))
         jax.config.update("jax_compilation_cache_dir", folder)
+
+
+def run_programs_in_this_thread() -> None:
+    """On CPU, and before the devices are asked for; for commands that train.
+
+    A step's temporaries are allocated by the thread that runs it. The heap of the first thread
+    keeps what is freed (GLIBC_TUNABLES, launch/venv.sh); in any other, arrays of over 64 MB are new
+    pages in every step.
+    """
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def check_config(words: list[str]) -> None:

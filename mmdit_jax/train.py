@@ -148,6 +148,7 @@ def main(argv: list[str]) -> int:
 
     # Before anything else touches the devices. Then everything that a user may have wrong is
     # checked before the first compilation.
+    command.run_programs_in_this_thread()
     hosts.initialize_distributed(
         _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, connect_s=_CONNECT_S.value
     )

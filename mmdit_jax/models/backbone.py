@@ -74,6 +74,8 @@ class Backbone(nn.Module):
         reduce_dtype: in which the gradients of the matrices are summed over the devices.
         quantization: of the blocks' products with weights but those of the modulation, a name in
             `product.QUANTIZATIONS`.
+        unroll_up_to: stacks of so many blocks or fewer are written out, one after the other, and no
+            loop: more to compile, but nothing is stacked for the backward pass.
     """
 
     depth: int
@@ -88,6 +90,7 @@ class Backbone(nn.Module):
     attention: str = "auto"
     reduce_dtype: Any = jnp.float32
     quantization: str = "none"
+    unroll_up_to: int = 0
 
     @nn.compact
     def __call__(
@@ -232,6 +235,7 @@ class Backbone(nn.Module):
             split_rngs={"params": True},
             in_axes=(*[nn.broadcast] * len(inputs), *[0] * len(each)),
             length=length,
+            unroll=length if length <= self.unroll_up_to else 1,
             reverse=reverse,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(name=name, **settings)

@@ -232,6 +232,9 @@ def test_a_latent_that_is_no_multiple_of_the_patch_is_refused():
 
 
 @pytest.mark.parametrize(
+    "way", [{"scan_last": True}, {"unroll_up_to": 2}], ids=["last_in_the_scan", "written_out"]
+)
+@pytest.mark.parametrize(
     "settings",
     [
         {"depth": 3},
@@ -243,8 +246,8 @@ def test_a_latent_that_is_no_multiple_of_the_patch_is_refused():
         {"depth": 1},
     ],
 )
-def test_last_block_in_the_scan_gives_outputs_logits_and_gradients_of_the_one_apart(settings):
-    apart, scanned = MMDiT(**settings), MMDiT(**settings, scan_last=True)
+def test_other_ways_to_run_the_blocks_give_the_same_outputs_logits_and_gradients(settings, way):
+    apart, scanned = MMDiT(**settings), MMDiT(**settings, **way)
     keys = iter(jax.random.split(jax.random.key(3), 100))
     inputs = (
         jax.random.normal(next(keys), (2, 8, 8, 16)),
@@ -276,3 +279,11 @@ def test_last_block_in_the_scan_gives_outputs_logits_and_gradients_of_the_one_ap
         np.testing.assert_allclose(own, other, rtol=1e-4, atol=1e-5 * float(jnp.abs(other).max()))
     shapes = jax.eval_shape(scanned.init, next(keys), *inputs)["params"]
     assert jax.tree.map(jnp.shape, nn.meta.unbox(shapes)) == jax.tree.map(jnp.shape, start)
+
+
+@pytest.mark.parametrize("most, loops", [(0, 1), (1, 1), (2, 0)])
+def test_short_stacks_are_written_out(most, loops):
+    model = MMDiT(depth=3, unroll_up_to=most)
+    inputs = (jnp.zeros((1, 8, 8, 16)), jnp.zeros(1), jnp.zeros((1, 4, 32)), jnp.zeros((1, 48)))
+    params = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+    assert jax.jit(model.apply).lower(params, *inputs).as_text().count("stablehlo.while") == loops

@@ -172,6 +172,9 @@ def test_a_random_crop_is_drawn_per_sample_within_the_grid_and_given_to_the_netw
     seen = {}
 
     class Spy:
+        def clone(self, **_):
+            return self
+
         def apply(self, variables, z, t, context, pooled, offset, mutable=()):
             jax.debug.callback(lambda offset: seen.update(offset=offset), offset)
             return jnp.zeros_like(z) * variables["params"]["w"], {}
@@ -227,6 +230,9 @@ def test_t_given_to_the_network_is_the_t_of_the_noise_also_in_bfloat16():
     seen = {}
 
     class Spy:
+        def clone(self, **_):
+            return self
+
         def apply(self, variables, z, t, context, pooled, mutable=()):
             jax.debug.callback(lambda z, t: seen.update(z=z, t=t), z, t)
             return jnp.zeros_like(z) * variables["params"]["w"], {}
