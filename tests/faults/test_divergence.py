@@ -33,6 +33,9 @@ WINDOW = 4
 class Linear:
     """A network of three numbers, whose gradients see all of its inputs."""
 
+    def clone(self, **_):
+        return self
+
     def apply(self, variables, z, t, context, pooled, mutable=()):
         w = variables["params"]
         text = w["context"] * jnp.mean(context, (1, 2)) + w["pooled"] * jnp.mean(pooled, 1)
